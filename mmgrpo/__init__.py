@@ -1,0 +1,1 @@
+"""mmgrpo: one group-relative optimizer for every policy that makes a sequence of stochastic decisions."""

@@ -1,0 +1,19 @@
+"""Seeds from (run seed, global sample id, step), so that results never depend on ranks, batch sizes or call order."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def derive(*parts: int | str) -> int:
+    """A 63-bit seed from any integers and names; equal parts give equal seeds, other parts unrelated ones."""
+    digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """One standard-normal tensor of `shape` per seed, drawn on the CPU in float32; -> (len(seeds), *shape)."""
+    draws = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws)

@@ -1,0 +1,222 @@
+"""Records that cross the borders between policies, rewards and the optimizer, and the protocols that join them.
+
+Axes: P prompts, G samples per prompt, B = P * G samples, S decisions per sample (denoising steps, tokens, ...), C channels,
+H, W height and width, F frames, N audio samples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def same_shape(**tensors: Tensor) -> None:
+    """Refuse accidental broadcasting: every named tensor must have the shape of the first; raises ValueError."""
+    (first, expected), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.shape != expected.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(expected.shape)}, that of {first}")
+
+
+def require_shape(name: str, tensor: Tensor, *shape: int | None) -> None:
+    """Check a tensor against a shape in which None stands for any size; raises ValueError."""
+    if len(tensor.shape) != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({wanted})")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data."""
+
+    id: int  # row number in the data, unique
+    text: str
+    media: Mapping[str, Path] = field(default_factory=dict)  # "image", "video", "audio", ... -> file
+    target: object = None  # what a verifiable reward compares with
+    columns: Mapping[str, object] = field(default_factory=dict)  # every further column of the data
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)  # precomputed pipeline inputs, without a batch axis
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is to be generated: B requests, the G samples of a prompt sharing a group."""
+
+    prompts: tuple[Prompt, ...]  # B, one per sample
+    group: Tensor  # (B,) int64; equal ids are compared with each other
+    sample: Tensor  # (B,) int64 global sample id, unique in the run
+    seed: int  # of the run
+    iteration: int  # rollouts so far in the run, from 0
+
+    def __post_init__(self) -> None:
+        for name, ids in (("group", self.group), ("sample", self.sample)):
+            require_shape(name, ids, len(self.prompts))
+            if ids.dtype != torch.int64:
+                raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64, ids never pass through floats")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows: Tensor) -> "Batch":
+        prompts = tuple(self.prompts[row] for row in rows.tolist())
+        return replace(self, prompts=prompts, group=self.group[rows], sample=self.sample[rows])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Decoded media that rewards look at; the fields of other modalities stay None."""
+
+    batch: Batch
+    image: Tensor | None = None  # (B, 3, H, W) float32 in [0, 1]
+    video: Tensor | None = None  # (B, F, 3, H, W) float32 in [0, 1]
+    audio: Tensor | None = None  # (B, C, N) float32 in [-1, 1]
+    rate: int | None = None  # of the audio, Hz
+    text: tuple[str, ...] | None = None  # B
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return self.batch.prompts
+
+    def take(self, rows: Tensor) -> "Samples":
+        """The given rows of every field."""
+        text = None if self.text is None else tuple(self.text[row] for row in rows.tolist())
+        media = {name: getattr(self, name) for name in ("image", "video", "audio")}
+        taken = {name: tensor[rows] for name, tensor in media.items() if tensor is not None}
+        return replace(self, batch=self.batch.take(rows), text=text, **taken)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """S recorded decisions of each of B samples, and what the policy needs to evaluate them again."""
+
+    batch: Batch
+    mask: Tensor  # (B, S) bool: the decision is trained
+    kind: Tensor  # (B, S) int64: which kind of decision (a denoising step is 0, a token is 1)
+    record: Mapping[str, Tensor]  # the policy's own, every tensor leading with B
+
+    def __post_init__(self) -> None:
+        require_shape("mask", self.mask, len(self.batch), None)
+        same_shape(mask=self.mask, kind=self.kind)
+        for name, tensor in self.record.items():
+            if tensor.shape[:1] != (len(self.batch),):
+                raise ValueError(f"record {name!r} has shape {tuple(tensor.shape)}; expected {len(self.batch)} rows")
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def group(self) -> Tensor:
+        return self.batch.group
+
+    def take(self, rows: Tensor) -> "Trajectory":
+        record = {name: tensor[rows] for name, tensor in self.record.items()}
+        return Trajectory(self.batch.take(rows), self.mask[rows], self.kind[rows], record)
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the rewards said; NaN means no opinion."""
+
+    rewards: Mapping[str, Tensor]  # name -> (B,) float32
+    weights: Mapping[str, float]  # name -> weight in the total; 0 is watched but not trained on
+    group: Tensor  # (B,) int64
+    step_rewards: Tensor | None = None  # (B, S) process rewards
+
+    def __post_init__(self) -> None:
+        if self.rewards.keys() != self.weights.keys():
+            raise ValueError(f"rewards {sorted(self.rewards)} and weights {sorted(self.weights)} name different components")
+        for name, values in self.rewards.items():
+            require_shape(f"reward {name!r}", values, len(self.group))
+
+    def total(self) -> Tensor:
+        """Weighted sum over the components that have an opinion; NaN where none has; -> (B,)."""
+        trained = [(self.rewards[name], weight) for name, weight in self.weights.items() if weight != 0]
+        if not trained:
+            raise ValueError("every reward has weight 0: there is nothing to train on")
+        matrix = torch.stack([values * weight for values, weight in trained], dim=1)  # (B, K)
+        return torch.where(matrix.isnan().all(1), torch.nan, matrix.nansum(1))
+
+
+class Advantage(NamedTuple):
+    """How much better each sample, or each of its decisions, was than its group."""
+
+    values: Tensor  # (B,) or (B, S), finite
+    keep: Tensor  # (B,) bool: the sample counts in the loss and in its denominators
+    metrics: Mapping[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Recorded decisions under today's weights, at least float32, with gradient; (B, S) each."""
+
+    log_ratio: Tensor  # log new - log old, nats (per event dimension if the reduction is a mean)
+    kl: Tensor | None = None  # to the reference policy
+    entropy: Tensor | None = None
+    drift: Tensor | None = None  # KL of a Gaussian decision from the policy that sampled it
+    step_std: Tensor | None = None  # S of a Gaussian decision, no gradient
+    dt: Tensor | None = None  # positive length of a denoising step, no gradient
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def columns(self, steps: Tensor) -> "Evaluation":
+        return Evaluation(**{name: value[:, steps] for name, value in self.tensors().items()})
+
+
+class Chunk(NamedTuple):
+    """A part of a replay that fits in memory; its graph is alive until the consumer has run backward."""
+
+    rows: Tensor  # (b,) int64 rows of the trajectory
+    steps: Tensor  # (s,) int64 columns of the trajectory
+    evaluation: Evaluation  # (b, s)
+
+
+Consumer = Callable[[Chunk], None]
+Reward = Callable[[Samples], Tensor | Mapping[str, Tensor]]  # (B,), or named components of (B,)
+AdvantageFunction = Callable[[Feedback], Advantage]
+
+
+class Policy(Protocol):
+    """A generator whose decisions can be recorded and evaluated again."""
+
+    def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
+        """Generate one sample per row without gradient; results depend on the batch's seed and ids alone."""
+        ...
+
+    def replay(self, trajectory: Trajectory, consume: Consumer, reference: "Reference | None" = None) -> None:
+        """Evaluate the trained decisions again, chunk by chunk; `consume` may run backward and then the graph is freed."""
+        ...
+
+    def trainable(self) -> dict[str, Parameter]:
+        """The parameters that training changes, by name."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the weights in the format of the policy's own library."""
+        ...
+
+
+class Reference(Protocol):
+    """Weights that the policy is held close to: a schedule, not a flag."""
+
+    def applied(self) -> "AbstractContext":
+        """Within the context the policy computes with the reference's weights."""
+        ...
+
+
+class AbstractContext(Protocol):
+    def __enter__(self) -> object: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+Rows = Sequence[int]

@@ -1,0 +1,1 @@
+"""Policies of each modality; each turns a generator into recorded, replayable decisions."""

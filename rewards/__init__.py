@@ -1,0 +1,1 @@
+"""Reward functions of each modality; each judges samples and knows nothing of how they were made."""
