@@ -169,8 +169,9 @@ class Evaluation:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def columns(self, steps: Tensor) -> "Evaluation":
-        return Evaluation(**{name: value[:, steps] for name, value in self.tensors().items()})
+    def rows(self, count: int) -> "Evaluation":
+        """The first rows of every field."""
+        return Evaluation(**{name: value[:count] for name, value in self.tensors().items()})
 
 
 class Chunk(NamedTuple):
@@ -189,8 +190,16 @@ AdvantageFunction = Callable[[Feedback], Advantage]
 class Policy(Protocol):
     """A generator whose decisions can be recorded and evaluated again."""
 
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Look at the run's prompts before anything else; raises ValueError if they cannot be used."""
+        ...
+
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """Generate one sample per row without gradient; results depend on the batch's seed and ids alone."""
+        ...
+
+    def generate(self, batch: Batch) -> Samples:
+        """Generate one sample per row as a user would: without exploration, recording nothing."""
         ...
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: "Reference | None" = None) -> None:

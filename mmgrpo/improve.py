@@ -1,0 +1,154 @@
+"""One improvement of a policy: what the loss is, apart from how a model is evaluated in bounded memory.
+
+The loss is a function of small (B, S) tensors. Its slopes with respect to them are taken on detached leaves; then the
+policy is replayed in chunks and each chunk's values are pushed back with their slopes. The parameter gradient equals that
+of one large batch for every split. Axes: B samples, S decisions, b and s those of a chunk.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from mmgrpo.objectives import weighted_sum
+from mmgrpo.types import Chunk, Evaluation, Policy, Reference, Trajectory, require_shape, same_shape
+
+Objective = Callable[[Evaluation, Tensor], Tensor]  # (b, s) evaluation, (b, s) advantages -> (b, s) losses
+KL = Callable[[Evaluation], Tensor]  # -> (b, s)
+CONSTANTS = ("step_std", "dt")  # fields of an evaluation that carry no gradient
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is not finite; the message names the term, the decisions and the samples."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """objective + kl_weight * kl, each a weighted sum over the trained decisions."""
+
+    objective: Objective
+    kl: KL | None = None
+    kl_weight: float = 0.0
+    coupled: bool = False  # the objective joins decisions that a chunk may not hold together
+
+    def terms(self, evaluation: Evaluation, advantages: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The named terms, each a scalar; weights (b, s) hold the reduction, 0 where a decision is not trained."""
+        terms = {"objective": weighted_sum(self.objective(evaluation, advantages), weights)}
+        if self.kl is not None and self.kl_weight:
+            terms["kl"] = self.kl_weight * weighted_sum(self.kl(evaluation), weights)
+        return terms
+
+
+@dataclass
+class Measured:
+    """What the chunks of one update showed, put together: (B, S), NaN where nothing was evaluated."""
+
+    loss: float = 0.0
+    values: dict[str, Tensor] = field(default_factory=dict)  # fields of the evaluation, by name
+    slope: Tensor | None = None  # d loss / d log_ratio
+
+    def note(self, shape: torch.Size, chunk: Chunk, loss: Tensor, slope: Tensor | None) -> None:
+        self.loss += float(loss)
+        found = chunk.evaluation.tensors()
+        for name, value in found.items():
+            whole = self.values.setdefault(name, torch.full(shape, torch.nan))
+            whole[chunk.rows.unsqueeze(1), chunk.steps] = value.detach().float().cpu()
+        if slope is not None:
+            self.slope = torch.full(shape, torch.nan) if self.slope is None else self.slope
+            self.slope[chunk.rows.unsqueeze(1), chunk.steps] = slope.float().cpu()
+
+
+def slopes(
+    evaluation: Evaluation, advantages: Tensor, weights: Tensor, loss: Loss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its derivative by each field of the evaluation, on detached leaves; raises NonFiniteError."""
+    leaves = {
+        name: value.detach().requires_grad_(name not in CONSTANTS) for name, value in evaluation.tensors().items()
+    }
+    with torch.enable_grad():
+        terms = loss.terms(Evaluation(**leaves), advantages, weights)
+        total = torch.stack(list(terms.values())).sum()
+    for name, term in terms.items():
+        require_finite(name, term, evaluation)
+    varied = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(total, list(varied.values()), allow_unused=True)
+    return total.detach(), {name: slope for name, slope in zip(varied, found, strict=True) if slope is not None}
+
+
+def require_finite(term: str, value: Tensor, evaluation: Evaluation) -> None:
+    """Raise NonFiniteError naming the rows and columns of the chunk whose evaluation is not finite."""
+    if torch.isfinite(value).all():
+        return
+    bad = {name: (~torch.isfinite(tensor)).nonzero().tolist()[:4] for name, tensor in evaluation.tensors().items()}
+    where = ", ".join(f"{name} at (sample, decision) {places}" for name, places in bad.items() if places)
+    raise NonFiniteError(f"the {term} term is {float(value.detach())}: {where or 'all of its inputs are finite'}")
+
+
+def push(evaluation: Evaluation, found: Mapping[str, Tensor]) -> None:
+    """Backward from the fields of a chunk's evaluation with the given slopes; frees the chunk's graph."""
+    values = evaluation.tensors()
+    pairs = [(values[name], slope) for name, slope in found.items() if values[name].requires_grad]
+    if pairs:
+        torch.autograd.backward([value for value, _ in pairs], [slope for _, slope in pairs])
+
+
+def accumulate(
+    policy: Policy,
+    trajectory: Trajectory,
+    advantages: Tensor,
+    weights: Tensor,
+    loss: Loss,
+    reference: Reference | None = None,
+) -> Measured:
+    """Add the gradient of the loss over a trajectory to the policy's parameters; advantages and weights are (B, S)."""
+    same_shape(mask=trajectory.mask, advantages=advantages, weights=weights)
+    held = reference if loss.kl_weight else None
+    measured = Measured()
+    whole = whole_slopes(policy, trajectory, advantages, weights, loss, held) if loss.coupled else None
+
+    def consume(chunk: Chunk) -> None:
+        rows, steps = chunk.rows.unsqueeze(1), chunk.steps
+        require_shape("log_ratio", chunk.evaluation.log_ratio, len(chunk.rows), len(chunk.steps))
+        kind = chunk.evaluation.log_ratio
+        if whole is None:
+            total, found = slopes(chunk.evaluation, advantages[rows, steps].to(kind), weights[rows, steps].to(kind), loss)
+        else:
+            total, found = torch.zeros(()), {name: slope[rows, steps].to(kind) for name, slope in whole[1].items()}
+        push(chunk.evaluation, found)
+        measured.note(trajectory.mask.shape, chunk, total, found.get("log_ratio"))
+
+    policy.replay(trajectory, consume, held)
+    measured.loss += 0.0 if whole is None else float(whole[0])
+    return measured
+
+
+def whole_slopes(
+    policy: Policy,
+    trajectory: Trajectory,
+    advantages: Tensor,
+    weights: Tensor,
+    loss: Loss,
+    reference: Reference | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Slopes over the whole trajectory at once, for objectives that couple decisions; costs a replay without gradient."""
+    evaluation = evaluate(policy, trajectory, reference)
+    kind = evaluation.log_ratio
+    return slopes(evaluation, advantages.to(kind), weights.to(kind), loss)
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, trajectory: Trajectory, reference: Reference | None = None) -> Evaluation:
+    """The evaluation of every trained decision, without gradient; (B, S), 0 where nothing is trained."""
+    parts: dict[str, Tensor] = {}
+
+    def consume(chunk: Chunk) -> None:
+        for name, value in chunk.evaluation.tensors().items():
+            whole = parts.setdefault(name, torch.zeros(trajectory.mask.shape, dtype=value.dtype, device=value.device))
+            whole[chunk.rows.unsqueeze(1), chunk.steps] = value
+
+    policy.replay(trajectory, consume, reference)
+    names = {item.name for item in fields(Evaluation)}
+    if "log_ratio" not in parts:
+        parts["log_ratio"] = torch.zeros(trajectory.mask.shape)
+    return Evaluation(**{name: parts[name] for name in names & parts.keys()})

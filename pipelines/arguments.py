@@ -1,0 +1,118 @@
+"""Turn prompts into the arguments of a pipeline's own call, and its result into samples."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Generator, Tensor
+
+from mmgrpo.types import Batch, Prompt, Samples
+
+Form = Literal["list", "repeat", "single"]
+REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+UNLIKE_OTHERS = "prompt_embeds"  # pipelines refuse a text beside its embedding
+
+
+def parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the pipeline's own call."""
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def validate(pipeline: DiffusionPipeline, call: Mapping[str, Any]) -> None:
+    """Refuse call arguments that the pipeline does not take; raises ValueError naming the nearest."""
+    known = parameters(pipeline)
+    for name in call:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"policy.call.{name}: {type(pipeline).__name__} takes no such argument{hint}")
+
+
+def call_arguments(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    generators: Sequence[Generator],
+    call: Mapping[str, Any],
+    columns: Sequence[str],
+    form: Form,
+) -> dict[str, Any]:
+    """Arguments that generate one sample per prompt; `repeat` needs equal prompts and passes them once."""
+    known = parameters(pipeline)
+    asked = list(prompts) if form == "list" else [prompts[0]]
+    alone = form == "single"
+    arguments: dict[str, Any] = {}
+    if "prompt" in known and UNLIKE_OTHERS not in prompts[0].inputs:
+        arguments["prompt"] = [prompt.text for prompt in asked] if form == "list" else prompts[0].text
+    elif "batch_size" in known:
+        arguments["batch_size"] = len(prompts)
+    for name in prompts[0].media:
+        images = [load_media(prompt.media[name]) for prompt in asked]
+        arguments[name] = images if form == "list" else images[0]
+    for name in prompts[0].inputs:
+        arguments[name] = torch.stack([prompt.inputs[name] for prompt in prompts])
+    for name in columns:
+        arguments[name] = [prompt.columns[name] for prompt in asked]
+    if form == "repeat":
+        arguments[next(name for name in REPEATS if name in known)] = len(prompts)
+    if "generator" in known:
+        arguments["generator"] = generators[0] if alone else list(generators)
+    if "output_type" in known:
+        arguments["output_type"] = "pt"
+    return arguments | dict(call)
+
+
+def forms(pipeline: DiffusionPipeline) -> list[Form]:
+    """Ways of asking for several samples at once, the most economical first."""
+    ways: list[Form] = ["list"]
+    if any(name in parameters(pipeline) for name in REPEATS):
+        ways.append("repeat")
+    return [*ways, "single"]
+
+
+def load_media(path: Path) -> Image.Image:
+    """A conditioning image as RGB."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def to_samples(result: BaseOutput | tuple[Any, ...], batch: Batch, rate: int | None) -> Samples:
+    """The pipeline's result as samples: 4 axes are images, 5 are videos, 3 are sound; on the CPU in float32."""
+    media = as_tensor(result[0]).float().cpu()
+    if len(media) != len(batch):
+        raise ValueError(f"the pipeline returned {len(media)} samples for {len(batch)} prompts")
+    match media.dim():
+        case 4:
+            return Samples(batch, image=as_rgb(media).clamp(0, 1))
+        case 5:
+            return Samples(batch, video=as_rgb(media).clamp(0, 1))
+        case 3:
+            return Samples(batch, audio=media.clamp(-1, 1), rate=rate)
+        case 2:
+            return Samples(batch, audio=media.unsqueeze(1).clamp(-1, 1), rate=rate)
+    raise ValueError(f"the pipeline returned shape {tuple(media.shape)}; expected images, videos or sound")
+
+
+def as_rgb(media: Tensor) -> Tensor:
+    """Grey pictures become three equal channels; (..., 1 or 3, H, W) -> (..., 3, H, W)."""
+    shape = list(media.shape)
+    shape[-3] = 3
+    return media.expand(shape) if media.shape[-3] == 1 else media
+
+
+def as_tensor(media: Any) -> Tensor:
+    """Pipelines answer with tensors, arrays (channels last) or lists of either."""
+    if isinstance(media, (list, tuple)):
+        return torch.stack([as_tensor(item) for item in media])
+    if isinstance(media, np.ndarray):
+        array = torch.from_numpy(media)
+        return array.movedim(-1, -3) if array.dim() > 2 and array.shape[-1] in (1, 3) else array
+    if isinstance(media, Image.Image):
+        return torch.from_numpy(np.asarray(media.convert("RGB"))).movedim(-1, -3) / 255
+    return media

@@ -1,0 +1,242 @@
+"""The two runs of a pipeline that make it a policy: recording its denoising steps, and evaluating them again."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from mmgrpo import seeds
+from mmgrpo.transitions import Gaussian
+from mmgrpo.types import Evaluation
+from pipelines import structure
+from pipelines.decisions import Part, Reduction, Sampler, checksum, evaluate, levels_of, transition
+from pipelines.levels import advance
+from pipelines.memo import Memo
+from pipelines.tape import Call, Counter, StepResult, Stop
+
+
+class ReplayMismatch(RuntimeError):
+    """A replay met another state than its rollout; training on it would be wrong."""
+
+
+class Recorder:
+    """Takes stochastic steps where the plan says so and records what a replay needs."""
+
+    def __init__(
+        self, denoisers: Sequence[str], memo: Memo, sampler: Sampler, planned: Tensor, row_seeds: Sequence[int], outputs: bool
+    ) -> None:
+        self.denoisers = denoisers
+        self.memo = memo
+        self.sampler = sampler
+        self.planned = planned  # (S,) bool
+        self.row_seeds = row_seeds  # one per row
+        self.outputs = outputs  # keep every denoiser output, for pipelines whose steps depend on earlier outputs
+        self.counter = Counter()
+        self.parts: dict[int, int] = defaultdict(int)  # group -> steps taken
+        self.calls: dict[int, int] = defaultdict(int)  # group -> denoiser calls
+        self.trained: set[int] = set()  # groups with a random element
+        self.record: dict[str, Tensor] = {}
+
+    def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name not in self.denoisers:
+            return set_up_call(self.memo, self.counter, name, forward, args, kwargs)
+        group = self.counter.called()
+        output = forward(*args, **kwargs)
+        if self.outputs:
+            for place, tensor in enumerate(structure.tensors(output)):
+                self._keep(f"denoised.{group}.{self.calls[group]}.{place}", tensor)
+        self.calls[group] += 1
+        return output
+
+    def step(self, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> StepResult:
+        group = self.counter.step()
+        if group >= len(self.planned):
+            raise ValueError(f"the pipeline took step {group + 1}; expected {len(self.planned)} as in its first run")
+        sampler = self.sampler if self.planned[group] else None
+        sample, output = arguments["sample"], arguments["model_output"]
+        taken = transition(scheduler, levels_of(scheduler, arguments), sample, output, sampler)
+        advance(scheduler, arguments["timestep"])
+        return StepResult(lambda: self._draw(group, sample, output, taken.gaussian), taken.clean)
+
+    def _draw(self, group: int, sample: Tensor, output: Tensor, gaussian: Gaussian) -> Tensor:
+        part = self.parts[group]
+        self.parts[group] += 1
+        state = gaussian.mean
+        if self.planned[group] and (gaussian.std > 0).any():
+            drawn = [seeds.derive(seed, "step", group, part) for seed in self.row_seeds]
+            noise = seeds.normal(drawn, by_row(sample, len(drawn)).shape[1:]).view_as(sample)
+            state = state + gaussian.std * noise.to(state)
+            self.trained.add(group)
+            self._keep(f"state.{group}.{part}", checksum(by_row(sample, len(drawn))))
+            self._keep(f"output.{group}.{part}", output)
+        state = state.to(sample.dtype)  # rounded to the sampler's dtype before anything is scored
+        if self.planned[group : group + 2].any():  # teacher forcing needs the way into a trained step, and its outcome
+            self._keep(f"next.{group}.{part}", state)
+        return state
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.record[name] = by_row(tensor.detach(), len(self.row_seeds)).clone()
+
+
+class Replayer:
+    """Evaluates the wanted steps of recorded rows again, teacher-forcing the recorded states, and stops after the last."""
+
+    def __init__(
+        self,
+        denoisers: Sequence[str],
+        memo: Memo,
+        sampler: Sampler,
+        record: Mapping[str, Tensor],
+        wanted: Sequence[int],
+        parts: Mapping[int, int],
+        reduction: Reduction,
+        stub: "Stub",
+        emit: Callable[[int, Evaluation], None],
+        references: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.denoisers = denoisers
+        self.memo = memo
+        self.sampler = sampler
+        self.record = record  # each (b, ...)
+        self.wanted = wanted  # groups
+        self.parts = parts  # group -> steps that make its decision
+        self.reduction = reduction
+        self.stub = stub
+        self.emit = emit
+        self.references = references  # model outputs under the reference weights, by record name
+        self.counter = Counter()
+        self.calls: dict[int, int] = defaultdict(int)
+        self.done: dict[int, list[Part]] = defaultdict(list)
+        self.seen: dict[int, int] = defaultdict(int)
+        self.outputs: dict[str, Tensor] = {}  # of this replay, under record names
+
+    def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name not in self.denoisers:
+            return set_up_call(self.memo, self.counter, name, forward, args, kwargs)
+        group = self.counter.called()
+        place = self.calls[group]
+        self.calls[group] += 1
+        if group in self.wanted:
+            return self.stub.learn(name, args, kwargs, forward(*args, **kwargs))
+        return self.stub(name, forward, args, kwargs, self.record, f"denoised.{group}.{place}")
+
+    def step(self, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> StepResult:
+        group = self.counter.step()
+        sample, output = arguments["sample"], arguments["model_output"]
+        if group not in self.wanted:
+            advance(scheduler, arguments["timestep"])
+            return StepResult(lambda: self._forced(group, sample), sample)
+        levels = levels_of(scheduler, arguments)
+        taken = transition(scheduler, levels, sample, output, self.sampler)
+
+        def old(values: Tensor) -> Gaussian:
+            with torch.no_grad():
+                return transition(scheduler, levels, sample, values.reshape(output.shape).to(output), self.sampler).gaussian
+
+        advanced = StepResult(lambda: self._evaluate(group, sample, output, taken.gaussian, old, taken.dt), taken.clean)
+        advance(scheduler, arguments["timestep"])
+        return advanced
+
+    def _forced(self, group: int, sample: Tensor) -> Tensor:
+        name = f"next.{group}.{self.seen[group]}"
+        self.seen[group] += 1
+        return self.record[name].reshape(sample.shape).clone() if name in self.record else sample.detach()
+
+    def _evaluate(
+        self, group: int, sample: Tensor, output: Tensor, new: Gaussian, old: Callable[[Tensor], Gaussian], dt: Tensor
+    ) -> Tensor:
+        part = self.seen[group]
+        state = self._forced(group, sample)
+        name = f"output.{group}.{part}"
+        if name in self.record:
+            rows = len(self.record[name])
+            found = checksum(by_row(sample, rows))
+            wrong = (found != self.record[f"state.{group}.{part}"]).nonzero().flatten().tolist()
+            if wrong:
+                raise ReplayMismatch(f"step {group}: the replay's input state differs from the rollout's in rows {wrong[:8]}")
+            self.outputs[name] = by_row(output.detach(), rows)
+            reference = None if self.references is None else rowwise(old(self.references[name]), rows)
+            self.done[group].append(
+                Part(by_row(state, rows), rowwise(new, rows), rowwise(old(self.record[name]), rows), reference, dt)
+            )
+        if self.seen[group] == self.parts[group]:
+            self.emit(group, evaluate(self.done.pop(group), self.reduction))
+            if group == max(self.wanted):
+                raise Stop
+        return state
+
+
+def set_up_call(
+    memo: Memo, counter: Counter, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Encoders before the loop are remembered; whatever runs after it runs as it is; neither is trained."""
+    if counter.group == 0 and not counter.stepped:
+        return memo.call(name, forward, args, kwargs)
+    with torch.no_grad():
+        return forward(*args, **kwargs)
+
+
+def by_row(tensor: Tensor, rows: int) -> Tensor:
+    """(rows * m, ...) -> (rows, m, ...); a tensor that has one entry a row stays; raises ValueError otherwise."""
+    if tensor.shape[0] == rows:
+        return tensor
+    if tensor.shape[0] % rows:
+        raise ValueError(f"a step's tensor has shape {tuple(tensor.shape)}; expected a leading size divisible by {rows} rows")
+    return tensor.view(rows, -1, *tensor.shape[1:])
+
+
+def rowwise(gaussian: Gaussian, rows: int) -> Gaussian:
+    """The same distribution with one leading entry a row."""
+    mean = by_row(gaussian.mean, rows)
+    if mean is gaussian.mean:
+        return gaussian
+    return Gaussian(mean, by_row(gaussian.std.expand_as(gaussian.mean), rows))
+
+
+class Stub:
+    """Stands in for a denoiser at unwanted steps: zeros, the recorded outputs, or the real forward without gradient."""
+
+    LADDER = ("zeros", "recorded", "real")
+
+    def __init__(self, kind: str = "zeros") -> None:
+        self.kind = kind
+        self.known: dict[tuple[Any, ...], Any] = {}  # call geometry -> an output of meta tensors
+
+    def learn(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Note the structure of an output that was computed anyway."""
+        self.known.setdefault(geometry(name, args, kwargs), structure.map_tensors(output, shape_only))
+        return output
+
+    def __call__(
+        self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any], record: Mapping[str, Tensor], key: str
+    ) -> Any:
+        shape = self.known.get(geometry(name, args, kwargs))
+        if self.kind == "real" or shape is None:
+            with torch.no_grad():
+                return self.learn(name, args, kwargs, forward(*args, **kwargs))
+        device = structure.tensors((args, kwargs))[0].device
+        places = iter(range(len(structure.tensors(shape))))
+
+        def fill(tensor: Tensor) -> Tensor:
+            place = next(places)
+            if self.kind == "recorded":
+                return record[f"{key}.{place}"].reshape(tensor.shape).clone()
+            return torch.zeros_like(tensor, device=device)
+
+        return structure.map_tensors(shape, fill)
+
+
+def shape_only(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def geometry(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides the shape of a module's output: its name, its options and its tensors' shapes and dtypes."""
+    described = tuple(
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in structure.leaves((args, kwargs))
+    )
+    return (name, *described)

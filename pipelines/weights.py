@@ -1,0 +1,85 @@
+"""Which weights of a pipeline are trained, and how they are saved: low-rank adapters or the modules themselves."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_OPTIONS = {"rank", "alpha", "targets", "dropout"}
+
+
+def make_trainable(modules: Mapping[str, nn.Module], lora: Mapping[str, Any] | None, checkpointing: bool) -> list[str]:
+    """Add adapters or unfreeze the modules in place; -> notes on what was done."""
+    notes = []
+    for name, module in modules.items():
+        if lora is None:
+            module.requires_grad_(True)
+        else:
+            add_adapter(name, module, lora)
+        if checkpointing:
+            if not isinstance(module, ModelMixin) or not module._supports_gradient_checkpointing:
+                raise ValueError(f"policy.gradient_checkpointing: {type(module).__name__} ({name}) does not support it")
+            module.enable_gradient_checkpointing()
+        module.eval()
+        count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        notes.append(f"{name}: {count:,} trained parameters in {type(module).__name__}")
+    return notes
+
+
+def add_adapter(name: str, module: nn.Module, lora: Mapping[str, Any]) -> None:
+    """A low-rank adapter on the module's linear layers, in float32; raises ValueError on bad options."""
+    unknown = sorted(lora.keys() - LORA_OPTIONS)
+    if unknown:
+        raise ValueError(f"policy.lora.{unknown[0]}: unknown key; expected one of {sorted(LORA_OPTIONS)}")
+    if lora.get("dropout", 0) != 0:
+        raise ValueError(f"policy.lora.dropout is {lora['dropout']}; expected 0, dropout would turn the ratio into noise")
+    rank = int(lora.get("rank", 32))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=lora.get("alpha", 2 * rank),
+        target_modules=list(lora.get("targets", ATTENTION)),
+        init_lora_weights="gaussian",
+    )
+    if not isinstance(module, ModelMixin):
+        raise ValueError(f"policy.lora: {name} is a {type(module).__name__}; adapters need a diffusers model")
+    module.add_adapter(config)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+
+
+@contextmanager
+def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context the modules compute without their adapters."""
+    modules = list(modules)
+    for module in modules:
+        module.disable_adapters()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enable_adapters()
+
+
+def save(pipeline: DiffusionPipeline, modules: Mapping[str, nn.Module], lora: bool, folder: Path) -> None:
+    """Write adapters so that `load_lora_weights` reads them, or whole modules so that `from_pretrained` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not lora:
+        for name, module in modules.items():
+            module.save_pretrained(folder / name)
+        return
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(module) for name, module in modules.items()}
+    writer = inspect.getattr_static(type(pipeline), "save_lora_weights", None)
+    if writer is not None and layers.keys() <= inspect.signature(pipeline.save_lora_weights).parameters.keys():
+        pipeline.save_lora_weights(folder, **layers)
+        return
+    for name, module in modules.items():
+        module.save_lora_adapter(folder / name)
