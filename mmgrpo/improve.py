@@ -59,9 +59,7 @@ class Measured:
             self.slope[chunk.rows.unsqueeze(1), chunk.steps] = slope.float().cpu()
 
 
-def slopes(
-    evaluation: Evaluation, advantages: Tensor, weights: Tensor, loss: Loss
-) -> tuple[Tensor, dict[str, Tensor]]:
+def slopes(evaluation: Evaluation, advantages: Tensor, weights: Tensor, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its derivative by each field of the evaluation, on detached leaves; raises NonFiniteError."""
     leaves = {
         name: value.detach().requires_grad_(name not in CONSTANTS) for name, value in evaluation.tensors().items()
@@ -112,7 +110,9 @@ def accumulate(
         require_shape("log_ratio", chunk.evaluation.log_ratio, len(chunk.rows), len(chunk.steps))
         kind = chunk.evaluation.log_ratio
         if whole is None:
-            total, found = slopes(chunk.evaluation, advantages[rows, steps].to(kind), weights[rows, steps].to(kind), loss)
+            total, found = slopes(
+                chunk.evaluation, advantages[rows, steps].to(kind), weights[rows, steps].to(kind), loss
+            )
         else:
             total, found = torch.zeros(()), {name: slope[rows, steps].to(kind) for name, slope in whole[1].items()}
         push(chunk.evaluation, found)

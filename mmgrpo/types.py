@@ -19,7 +19,9 @@ def same_shape(**tensors: Tensor) -> None:
     (first, expected), *rest = tensors.items()
     for name, tensor in rest:
         if tensor.shape != expected.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(expected.shape)}, that of {first}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(expected.shape)}, that of {first}"
+            )
 
 
 def require_shape(name: str, tensor: Tensor, *shape: int | None) -> None:
@@ -132,7 +134,9 @@ class Feedback:
 
     def __post_init__(self) -> None:
         if self.rewards.keys() != self.weights.keys():
-            raise ValueError(f"rewards {sorted(self.rewards)} and weights {sorted(self.weights)} name different components")
+            raise ValueError(
+                f"rewards {sorted(self.rewards)} and weights {sorted(self.weights)} name different components"
+            )
         for name, values in self.rewards.items():
             require_shape(f"reward {name!r}", values, len(self.group))
 
@@ -187,6 +191,14 @@ Reward = Callable[[Samples], Tensor | Mapping[str, Tensor]]  # (B,), or named co
 AdvantageFunction = Callable[[Feedback], Advantage]
 
 
+class Finding(NamedTuple):
+    """One line of a check."""
+
+    ok: bool
+    name: str
+    detail: str  # what was measured, with numbers
+
+
 class Policy(Protocol):
     """A generator whose decisions can be recorded and evaluated again."""
 
@@ -208,6 +220,10 @@ class Policy(Protocol):
 
     def trainable(self) -> dict[str, Parameter]:
         """The parameters that training changes, by name."""
+        ...
+
+    def self_test(self, prompts: Sequence[Prompt]) -> list[Finding]:
+        """What must hold before training: exact replay, true gradients, the sampler's own behaviour."""
         ...
 
     def save(self, folder: Path) -> None:

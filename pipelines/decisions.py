@@ -13,6 +13,7 @@ from torch import Tensor
 from mmgrpo.transitions import Gaussian, Step, kl, log_ratio, ode
 from mmgrpo.types import Evaluation
 from pipelines.levels import Levels, clean_and_noise, read
+from pipelines.schedulers import position
 
 Sampler = Callable[[Step], Gaussian]
 Reduction = str  # "mean" or "sum" over the elements of a decision
@@ -26,20 +27,32 @@ class Transition(NamedTuple):
     dt: Tensor  # () positive length of the step in noise level
 
 
-def transition(
-    scheduler: SchedulerMixin, levels: Levels, sample: Tensor, output: Tensor, sampler: Sampler | None
-) -> Transition:
-    """The distribution of the next state given a model output; without a sampler the step is deterministic."""
-    clean, noise = clean_and_noise(scheduler, levels, output, sample)
-    step = Step(sample, clean, noise, levels.now, levels.next, levels.second)
-    gaussian = ode(step) if sampler is None else sampler(step)
-    dt = (levels.now.sigma - levels.next.sigma).amax()
-    return Transition(gaussian, clean, dt)
+class Prediction(NamedTuple):
+    """What a pipeline gave to `step`: the model's output, or the clean sample where it formed that itself."""
+
+    value: Tensor  # (B, ...)
+    clean: bool
+
+
+def prediction(arguments: Mapping[str, Any]) -> Prediction:
+    """The prediction among the arguments of a step."""
+    clean = arguments.get("pred_original_sample")
+    return Prediction(arguments["model_output"], False) if clean is None else Prediction(clean, True)
 
 
 def levels_of(scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> Levels:
-    """The noise levels of a step that a pipeline is about to take."""
-    return read(scheduler, arguments)
+    """The noise levels of the step that a pipeline is about to take."""
+    timestep = arguments["timestep"]
+    return read(scheduler, timestep, position(scheduler, timestep), arguments.get("per_token_timesteps"))
+
+
+def transition(levels: Levels, sample: Tensor, predicted: Prediction, sampler: Sampler | None) -> Transition:
+    """The distribution of the next state given a prediction; without a sampler the step is deterministic."""
+    value = predicted.value
+    clean, noise = clean_and_noise(levels, value, sample, value if predicted.clean else None)
+    step = Step(sample, clean, noise, levels.now, levels.next, levels.second)
+    gaussian = ode(step) if sampler is None else sampler(step)
+    return Transition(gaussian, clean, (levels.now.sigma - levels.next.sigma).amax())
 
 
 def checksum(state: Tensor) -> Tensor:

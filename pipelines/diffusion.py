@@ -1,274 +1,150 @@
-"""Any diffusers pipeline as a policy: its denoising steps are recorded in a rollout and evaluated again in a replay.
+"""Any diffusers pipeline as a policy: the pipeline object itself samples, is replayed, trained and saved.
 
-Nothing here knows a model. `pipelines/tape.py` stands between the pipeline's own loop and its scheduler,
-`pipelines/listeners.py` records and replays, `pipelines/levels.py` reads the noise levels.
-Axes: B samples, S decisions (groups of denoiser calls and the steps that follow them), b rows of one pipeline call.
+`pipelines/engine.py` records and replays its denoising steps; this file holds what an optimizer asks of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
+import importlib
+
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch import Generator, Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
-from mmgrpo import seeds
 from mmgrpo.transitions import Gaussian, Step
-from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Samples, Trajectory
-from pipelines import arguments, weights
-from pipelines.levels import quiet
-from pipelines.listeners import Recorder, Replayer, Stub
-from pipelines.memo import Memo
-from pipelines.tape import Discovery, Tape, nested_pipelines
+from mmgrpo.types import Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
+from pipelines import selftest, weights
+from pipelines.engine import Engine, Options
+from pipelines.schedulers import quiet, require_supported
+from pipelines.tape import nested_pipelines
 
 Plan = Callable[[int, int, int], Tensor]  # (steps, iteration, seed) -> (S,) bool
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a pipeline is run as a policy."""
-
-    call: Mapping[str, Any]  # arguments of the pipeline's own call
-    sampler: Callable[[Step], Gaussian]
-    plan: Plan
-    reduction: Literal["mean", "sum"] = "mean"  # over the latent elements of a decision
-    rollout_rows: int = 8  # samples in one call of the pipeline
-    replay_rows: int = 8  # samples whose graphs are held at once
-    same_noise: bool = False  # start noise shared inside a group
-    columns: tuple[str, ...] = ()  # columns of the data passed to the call, row by row
-    autocast: torch.dtype | None = None
-
-
-@dataclass
-class Layout:
-    """What the first run of a pipeline showed."""
-
-    denoisers: tuple[str, ...]
-    trained: tuple[str, ...]
-    steps: int = 0  # S
-    parts: Mapping[int, int] = field(default_factory=dict)  # step -> scheduler steps that make its decision
-    form: arguments.Form = "list"
-    mixed: bool = True  # one call may hold rows of different prompts
-    anchored: bool = False  # old outputs are recomputed in replay geometry, because batch shapes change rounding
-    rounding: float = 0.0  # mean |log-ratio| between the rollout's and the replay's geometry
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class DiffusionPolicy:
-    """The pipeline object itself is the policy; `prepare` must have seen the run's prompts before anything else."""
+    """A pipeline as a policy; `prepare` must have seen the run's prompts before anything else."""
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
-        options: Options,
+        engine: Engine,
+        plan: Plan,
         *,
-        revision: str = "",
         train: Sequence[str] = (),
         lora: Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        cache: Path | None = None,
     ) -> None:
-        arguments.validate(pipeline, options.call)
-        self.pipeline = pipeline
-        self.options = options
-        self.names = tuple(train)
+        self.engine = engine
+        self.plan = plan
+        self.train = tuple(train)  # component names; empty means whatever predicts the steps
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
-        self.tape = Tape(pipeline)
-        self.memo = Memo(f"{type(pipeline).__name__}|{revision}", cache)
-        self.stub = Stub()
-        self.layout = Layout((), ())
-        self.notes: list[str] = []
-
-    # -- set-up -------------------------------------------------------------------------------------------------
+        self.notes: list[str] = []  # what was found and decided in `prepare`
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
-        """Freeze what is not trained, find the denoisers with one run of the pipeline, add adapters."""
-        for pipeline in nested_pipelines(self.pipeline):
+        """Freeze what is not trained, find the denoisers, add adapters, and find a way to replay the pipeline exactly.
+
+        Raises ValueError with what differed and at which step if there is no such way.
+        """
+        for pipeline in nested_pipelines(self.engine.pipeline):
             pipeline.set_progress_bar_config(disable=True)
-        for module in self.tape.modules.values():
+        for module in self.engine.tape.modules.values():
             module.eval().requires_grad_(False)  # dropout would turn the ratio into noise
-        self.notes += quiet(self.pipeline)
-        discovery = Discovery()
-        probe = probe_batch(prompts[:1], (0,))
-        with torch.no_grad():
-            self._run(discovery, probe, "single")
-        trained = self.names or discovery.predictors()
-        for name in trained:
-            if name not in self.tape.modules:
-                raise ValueError(f"policy.train names {name!r}; the pipeline has {sorted(self.tape.modules)}")
-        self.layout = Layout(discovery.denoisers(), trained)
-        self.notes += weights.make_trainable(self.modules(), self.lora, self.gradient_checkpointing)
-        self._measure(probe)
+        for scheduler in self.engine.tape.schedulers():
+            require_supported(scheduler)
+            self.notes += quiet(scheduler)
+        self.engine.discover(prompts[0], self.train)
+        self.notes += weights.make_trainable(self.engine.modules(), self.lora, self.gradient_checkpointing)
+        self.engine.measure(prompts[0])
+        self.notes += selftest.settle(self.engine, prompts)
 
-    def _measure(self, probe: Batch) -> None:
-        """Count the decisions of a run with every step planned."""
-        recorder = self._recorder(probe, torch.ones(100_000, dtype=torch.bool))
-        with torch.no_grad():
-            self._run(recorder, probe, "single")
-        self.layout.steps = recorder.counter.group + 1
-        self.layout.parts = dict(recorder.parts)
+    def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
+        """One sample per row; each row depends on the run's seed, its sample id and its prompt alone."""
+        return self.engine.rollout(batch, self.plan(self.engine.layout.steps, batch.iteration, batch.seed))
 
-    def modules(self) -> dict[str, nn.Module]:
-        """The trained modules by component name."""
-        return {name: self.tape.modules[name] for name in self.layout.trained}
+    def generate(self, batch: Batch) -> Samples:
+        """One sample per row with the noise of the sampler off."""
+        return self.engine.generate(batch)
+
+    def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
+        """Evaluate the trained steps of a few rows at a time; each step is handed to `consume` as soon as it is known."""
+        self.engine.replay(trajectory, consume, reference)
 
     def trainable(self) -> dict[str, Parameter]:
         """The parameters that training changes, by component and name."""
-        return {
-            f"{component}.{name}": parameter
-            for component, module in self.modules().items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        return self.engine.trainable()
 
     def adapters_off(self) -> AbstractContextManager[None]:
         """Within the context the pipeline computes without its adapters; raises ValueError if it has none."""
         if self.lora is None:
             raise ValueError("reference.kind is 'adapters_off', but policy.lora is not set; expected 'frozen'")
-        return weights.adapters_off(self.modules().values())
+        return weights.adapters_off(self.engine.modules().values())
+
+    def self_test(self, prompts: Sequence[Prompt]) -> list[Finding]:
+        """The four parts of the self-test, in this policy's dtype, guidance and batch shape."""
+        return selftest.findings(self.engine, prompts)
 
     def save(self, folder: Path) -> None:
         """Adapters in the format that the pipeline loads back; full weights with `save_pretrained`."""
-        weights.save(self.pipeline, self.modules(), self.lora is not None, folder)
-
-    # -- rollout ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
-        """One sample per row; each row depends on the run's seed, its sample id and its prompt alone."""
-        planned = self.options.plan(self.layout.steps, batch.iteration, batch.seed)
-        pieces, samples = self._generate(batch, planned)
-        record = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        order = record.pop("place").argsort()
-        record = {name: tensor[order.to(tensor.device)] for name, tensor in record.items()}
-        trained = [f"output.{step}.0" in record for step in range(self.layout.steps)]
-        mask = torch.tensor(trained).expand(len(batch), -1).clone()
-        trajectory = Trajectory(batch, mask, torch.zeros_like(mask, dtype=torch.int64), record)
-        if int(record["rows"].max()) > self.options.replay_rows:
-            trajectory, self.layout.rounding = self.anchor(trajectory)
-        return trajectory, samples
-
-    @torch.no_grad()
-    def generate(self, batch: Batch) -> Samples:
-        """One sample per row with the noise of the sampler off."""
-        return self._generate(batch, torch.zeros(self.layout.steps, dtype=torch.bool))[1]
-
-    def _generate(self, batch: Batch, planned: Tensor) -> tuple[list[dict[str, Tensor]], Samples]:
-        """The records of every call of the pipeline, each with its rows' places in the batch, and all samples in order."""
-        pieces, samples, places = [], [], []
-        for rows in self._calls(batch, torch.tensor(self.options.rollout_rows).expand(len(batch))):
-            part = batch.take(rows)
-            recorder = self._recorder(part, planned)
-            result = self._run(recorder, part, self.layout.form)
-            samples.append(arguments.to_samples(result, part, self._rate()))
-            pieces.append(recorder.record | {"place": rows, "rows": torch.full_like(rows, len(rows))})
-            places.append(rows)
-        return pieces, join(samples, batch, torch.cat(places).argsort())
-
-    def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
-        row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
-        keep_outputs = self.stub.kind == "recorded"
-        return Recorder(self.layout.denoisers, self.memo, self.options.sampler, planned, row_seeds, keep_outputs)
-
-    def _rate(self) -> int | None:
-        """Samples per second of the sound that the pipeline makes, from its decoder's configuration."""
-        configs = [module.config for name, module in self.tape.modules.items() if name in ("vae", "vocoder")]
-        rates = [config["sampling_rate"] for config in configs if "sampling_rate" in config]
-        return int(rates[-1]) if rates else None
-
-    # -- replay -------------------------------------------------------------------------------------------------
-
-    def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
-        """Evaluate the trained steps of a few rows at a time; each step is handed to `consume` as soon as it is known."""
-        for rows in self._calls(trajectory.batch, trajectory.record["rows"]):
-            part = trajectory.take(self._padded(rows, trajectory))
-            references = None
-            if reference is not None:
-                with torch.no_grad(), reference.applied():
-                    references = self._replay_rows(part, lambda step, evaluation: None)
-
-            def emit(step: int, evaluation: Evaluation, rows: Tensor = rows) -> None:
-                consume(Chunk(rows, torch.tensor([step]), evaluation.rows(len(rows))))
-
-            self._replay_rows(part, emit, references)
-
-    def _padded(self, rows: Tensor, trajectory: Trajectory) -> Tensor:
-        """The last row repeated up to the size of the call that recorded it: other batch shapes round differently."""
-        size = int(trajectory.record["rows"][rows[0]])
-        return torch.cat([rows, rows[-1:].expand(size - len(rows))])
-
-    def _replay_rows(
-        self,
-        part: Trajectory,
-        emit: Callable[[int, Evaluation], None],
-        references: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """One or, where steps depend on earlier ones, several calls of the pipeline; -> the model outputs by record name."""
-        wanted = part.mask.any(0).nonzero().flatten().tolist()
-        outputs: dict[str, Tensor] = {}
-        for steps in [wanted] if self.stub.kind == "zeros" else [[step] for step in wanted]:
-            replayer = Replayer(
-                self.layout.denoisers, self.memo, self.options.sampler, part.record, steps, self.layout.parts,
-                self.options.reduction, self.stub, emit, references,
-            )  # fmt: skip
-            self._run(replayer, part.batch, self.layout.form)
-            outputs |= replayer.outputs
-        return outputs
-
-    @torch.no_grad()
-    def anchor(self, trajectory: Trajectory) -> tuple[Trajectory, float]:
-        """The trajectory with its model outputs recomputed at `replay_rows`, and the mean |log-ratio| that this removed."""
-        record = {name: tensor.clone() for name, tensor in trajectory.record.items()}
-        noise: list[Tensor] = []
-        for rows in self._calls(trajectory.batch, torch.tensor(self.options.replay_rows).expand(len(trajectory))):
-            outputs = self._replay_rows(
-                trajectory.take(rows), lambda step, evaluation: noise.append(evaluation.log_ratio.abs().mean())
-            )
-            for name, output in outputs.items():
-                record[name][rows] = output.to(record[name])
-            record["rows"][rows] = len(rows)
-        anchored = Trajectory(trajectory.batch, trajectory.mask, trajectory.kind, record)
-        return anchored, float(torch.stack(noise).mean()) if noise else 0.0
-
-    # -- one call of the pipeline ---------------------------------------------------------------------------------
-
-    def _run(self, listener: Any, batch: Batch, form: arguments.Form) -> Any:
-        ids = batch.group if self.options.same_noise else batch.sample
-        generators = [Generator().manual_seed(seeds.derive(batch.seed, "start", int(row))) for row in ids]
-        asked = arguments.call_arguments(
-            self.pipeline, batch.prompts, generators, self.options.call, self.options.columns, form
-        )
-        with ExitStack() as stack:
-            if self.options.autocast is not None:
-                device = self.pipeline.device.type
-                stack.enter_context(torch.autocast(device, self.options.autocast, cache_enabled=not torch.is_grad_enabled()))
-            return self.tape.run(listener, asked, seeds.derive(batch.seed, "global", batch.iteration))
-
-    def _calls(self, batch: Batch, sizes: Tensor) -> Iterator[Tensor]:
-        """Rows of each call of the pipeline, at most their size at a time; of one prompt where prompts cannot be mixed."""
-        kinds: dict[tuple[int, int], list[int]] = {}
-        for row, (prompt, size) in enumerate(zip(batch.prompts, sizes.tolist(), strict=True)):
-            kinds.setdefault((0 if self.layout.mixed else prompt.id, size), []).append(row)
-        for (_, size), rows in kinds.items():
-            calls = -(-len(rows) // (1 if self.layout.form == "single" else size))
-            yield from torch.tensor(rows).tensor_split(calls)
+        weights.save(self.engine.pipeline, self.engine.modules(), self.lora is not None, folder)
 
 
-def join(pieces: Sequence[Samples], batch: Batch, order: Tensor) -> Samples:
-    """Samples of several calls as one, in the batch's order."""
-    media = {}
-    for name in ("image", "video", "audio"):
-        parts = [getattr(piece, name) for piece in pieces]
-        if parts[0] is not None:
-            media[name] = torch.cat(parts)[order]
-    return Samples(batch, rate=pieces[0].rate, **media)
+def load(
+    *,
+    model: str,
+    sampler: Callable[[Step], Gaussian],
+    plan: Plan,
+    call: Mapping[str, Any],
+    revision: str | None = None,
+    pipeline: str = "DiffusionPipeline",
+    dtype: Precision = "bfloat16",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    autocast: Precision | None = None,
+    train: tuple[str, ...] = (),
+    lora: Mapping[str, Any] | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    rollout_rows: int = 8,
+    replay_rows: int = 8,
+    same_noise: bool = False,
+    columns: tuple[str, ...] = (),
+    gradient_checkpointing: bool = False,
+    cache: Path | None = None,
+) -> DiffusionPolicy:
+    """A policy from a diffusers model.
+
+    model: folder or hub name; pipeline: a diffusers class, or "module:Class" of your own. sampler and plan: which steps
+    are stochastic and how. call: arguments of the pipeline's own call (height, num_inference_steps, guidance_scale, ...).
+    dtype: of the weights. train: names of trained components, by default those that predict the steps. lora: rank, alpha
+    and targets of adapters; without it the components are trained whole. reduction: over the latent elements of a
+    decision. rollout_rows, replay_rows: samples in one call. same_noise: start noise shared inside a group. columns: of
+    the data, passed to the call. cache: folder in which encodings are kept between runs.
+    """
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = pipeline_class(pipeline).from_pretrained(model, revision=revision, torch_dtype=getattr(torch, dtype))
+    options = Options(
+        call=call,
+        sampler=sampler,
+        reduction=reduction,
+        rollout_rows=rollout_rows,
+        replay_rows=replay_rows,
+        same_noise=same_noise,
+        columns=columns,
+        autocast=None if autocast is None else getattr(torch, autocast),
+    )
+    engine = Engine(loaded.to(place), options, f"{model}@{revision}", cache)
+    return DiffusionPolicy(engine, plan, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)
 
 
-def probe_batch(prompts: Sequence[Prompt], samples: Sequence[int]) -> Batch:
-    """Requests of a run of its own, with which a pipeline is looked at before training."""
-    ids = torch.tensor(samples)
-    return Batch(tuple(prompts), torch.arange(len(prompts)), ids, seed=seeds.derive("probe"), iteration=0)
+def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """A pipeline class by its name in diffusers, or by "module:Class"; raises ValueError if there is none."""
+    module, _, attribute = name.rpartition(":")
+    source = importlib.import_module(module) if module else diffusers
+    found = getattr(source, attribute, None)
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+        raise ValueError(f"policy.pipeline is {name!r}; expected a pipeline class of diffusers or 'module:Class'")
+    return found

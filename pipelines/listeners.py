@@ -12,8 +12,19 @@ from mmgrpo import seeds
 from mmgrpo.transitions import Gaussian
 from mmgrpo.types import Evaluation
 from pipelines import structure
-from pipelines.decisions import Part, Reduction, Sampler, checksum, evaluate, levels_of, transition
-from pipelines.levels import advance
+from pipelines.decisions import (
+    Part,
+    Prediction,
+    Reduction,
+    Sampler,
+    Transition,
+    checksum,
+    evaluate,
+    levels_of,
+    prediction,
+    transition,
+)
+from pipelines.schedulers import advance
 from pipelines.memo import Memo
 from pipelines.tape import Call, Counter, StepResult, Stop
 
@@ -26,13 +37,20 @@ class Recorder:
     """Takes stochastic steps where the plan says so and records what a replay needs."""
 
     def __init__(
-        self, denoisers: Sequence[str], memo: Memo, sampler: Sampler, planned: Tensor, row_seeds: Sequence[int], outputs: bool
+        self,
+        denoisers: Sequence[str],
+        memo: Memo,
+        sampler: Sampler,
+        planned: Tensor,
+        row_seeds: Sequence[int],
+        outputs: bool,
     ) -> None:
         self.denoisers = denoisers
         self.memo = memo
         self.sampler = sampler
         self.planned = planned  # (S,) bool
         self.row_seeds = row_seeds  # one per row
+        self.everything = False  # keep the states of every step
         self.outputs = outputs  # keep every denoiser output, for pipelines whose steps depend on earlier outputs
         self.counter = Counter()
         self.parts: dict[int, int] = defaultdict(int)  # group -> steps taken
@@ -56,10 +74,10 @@ class Recorder:
         if group >= len(self.planned):
             raise ValueError(f"the pipeline took step {group + 1}; expected {len(self.planned)} as in its first run")
         sampler = self.sampler if self.planned[group] else None
-        sample, output = arguments["sample"], arguments["model_output"]
-        taken = transition(scheduler, levels_of(scheduler, arguments), sample, output, sampler)
+        sample, predicted = arguments["sample"], prediction(arguments)
+        taken = transition(levels_of(scheduler, arguments), sample, predicted, sampler)
         advance(scheduler, arguments["timestep"])
-        return StepResult(lambda: self._draw(group, sample, output, taken.gaussian), taken.clean)
+        return StepResult(lambda: self._draw(group, sample, predicted.value, taken.gaussian), taken.clean)
 
     def _draw(self, group: int, sample: Tensor, output: Tensor, gaussian: Gaussian) -> Tensor:
         part = self.parts[group]
@@ -73,7 +91,9 @@ class Recorder:
             self._keep(f"state.{group}.{part}", checksum(by_row(sample, len(drawn))))
             self._keep(f"output.{group}.{part}", output)
         state = state.to(sample.dtype)  # rounded to the sampler's dtype before anything is scored
-        if self.planned[group : group + 2].any():  # teacher forcing needs the way into a trained step, and its outcome
+        if (
+            self.everything or self.planned[group : group + 2].any()
+        ):  # teacher forcing needs the way into a trained step, and its outcome
             self._keep(f"next.{group}.{part}", state)
         return state
 
@@ -125,20 +145,20 @@ class Replayer:
 
     def step(self, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> StepResult:
         group = self.counter.step()
-        sample, output = arguments["sample"], arguments["model_output"]
+        sample, predicted = arguments["sample"], prediction(arguments)
         if group not in self.wanted:
             advance(scheduler, arguments["timestep"])
             return StepResult(lambda: self._forced(group, sample), sample)
         levels = levels_of(scheduler, arguments)
-        taken = transition(scheduler, levels, sample, output, self.sampler)
+        taken = transition(levels, sample, predicted, self.sampler)
+        advance(scheduler, arguments["timestep"])
 
         def old(values: Tensor) -> Gaussian:
+            before = Prediction(values.reshape(predicted.value.shape).to(predicted.value), predicted.clean)
             with torch.no_grad():
-                return transition(scheduler, levels, sample, values.reshape(output.shape).to(output), self.sampler).gaussian
+                return transition(levels, sample, before, self.sampler).gaussian
 
-        advanced = StepResult(lambda: self._evaluate(group, sample, output, taken.gaussian, old, taken.dt), taken.clean)
-        advance(scheduler, arguments["timestep"])
-        return advanced
+        return StepResult(lambda: self._evaluate(group, sample, predicted.value, taken, old), taken.clean)
 
     def _forced(self, group: int, sample: Tensor) -> Tensor:
         name = f"next.{group}.{self.seen[group]}"
@@ -146,7 +166,7 @@ class Replayer:
         return self.record[name].reshape(sample.shape).clone() if name in self.record else sample.detach()
 
     def _evaluate(
-        self, group: int, sample: Tensor, output: Tensor, new: Gaussian, old: Callable[[Tensor], Gaussian], dt: Tensor
+        self, group: int, sample: Tensor, output: Tensor, taken: Transition, old: Callable[[Tensor], Gaussian]
     ) -> Tensor:
         part = self.seen[group]
         state = self._forced(group, sample)
@@ -156,11 +176,13 @@ class Replayer:
             found = checksum(by_row(sample, rows))
             wrong = (found != self.record[f"state.{group}.{part}"]).nonzero().flatten().tolist()
             if wrong:
-                raise ReplayMismatch(f"step {group}: the replay's input state differs from the rollout's in rows {wrong[:8]}")
+                raise ReplayMismatch(
+                    f"step {group}: the replay's input state differs from the rollout's in rows {wrong[:8]}"
+                )
             self.outputs[name] = by_row(output.detach(), rows)
             reference = None if self.references is None else rowwise(old(self.references[name]), rows)
             self.done[group].append(
-                Part(by_row(state, rows), rowwise(new, rows), rowwise(old(self.record[name]), rows), reference, dt)
+                Part(by_row(state, rows), rowwise(taken.gaussian, rows), rowwise(old(self.record[name]), rows), reference, taken.dt)
             )
         if self.seen[group] == self.parts[group]:
             self.emit(group, evaluate(self.done.pop(group), self.reduction))
@@ -184,7 +206,9 @@ def by_row(tensor: Tensor, rows: int) -> Tensor:
     if tensor.shape[0] == rows:
         return tensor
     if tensor.shape[0] % rows:
-        raise ValueError(f"a step's tensor has shape {tuple(tensor.shape)}; expected a leading size divisible by {rows} rows")
+        raise ValueError(
+            f"a step's tensor has shape {tuple(tensor.shape)}; expected a leading size divisible by {rows} rows"
+        )
     return tensor.view(rows, -1, *tensor.shape[1:])
 
 
@@ -211,7 +235,13 @@ class Stub:
         return output
 
     def __call__(
-        self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any], record: Mapping[str, Tensor], key: str
+        self,
+        name: str,
+        forward: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        record: Mapping[str, Tensor],
+        key: str,
     ) -> Any:
         shape = self.known.get(geometry(name, args, kwargs))
         if self.kind == "real" or shape is None:

@@ -66,7 +66,9 @@ class Memo:
             return self._one(name, forward, args, kwargs, batch=True)
         answers = []
         for row in range(count):
-            part_args, part_kwargs = structure.map_tensors((args, kwargs), lambda tensor, row=row: tensor[row : row + 1])
+            part_args, part_kwargs = structure.map_tensors(
+                (args, kwargs), lambda tensor, row=row: tensor[row : row + 1]
+            )
             answers.append(self._one(name, forward, part_args, part_kwargs))
             if rows_of(answers[-1]) != 1:  # the module returns something that is not one row per row
                 self.joint.add(name)

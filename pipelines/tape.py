@@ -17,6 +17,8 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from pipelines.schedulers import is_scheduler
+
 Call = Callable[..., Any]
 
 
@@ -82,12 +84,39 @@ class Tape:
             for name, component in vars(member).items():
                 if isinstance(component, nn.Module) and component not in self.modules.values():
                     self.modules[name if name not in self.modules else f"{type(member).__name__}.{name}"] = component
-                elif isinstance(component, SchedulerMixin):
+                elif is_scheduler(component):
                     self._replace_step(component)
         for name, module in self.modules.items():
             self._replace_method(name, module, "forward")
             if isinstance(inspect.getattr_static(module, "encode", None), types.FunctionType):
                 self._replace_method(f"{name}.encode", module, "encode")
+
+    def _scheduler_places(self) -> list[tuple[DiffusionPipeline, str, SchedulerMixin]]:
+        """Every scheduler with the pipeline that holds it and its name there."""
+        return [
+            (member, name, component)
+            for member in self.pipelines
+            for name, component in vars(member).items()
+            if is_scheduler(component)
+        ]
+
+    def schedulers(self) -> list[SchedulerMixin]:
+        """Every scheduler of the pipeline and of those inside it."""
+        return [component for _, _, component in self._scheduler_places()]
+
+    @contextmanager
+    def schedulers_replaced(self, change: Callable[[SchedulerMixin], SchedulerMixin]) -> Iterator[None]:
+        """Within the context the pipelines hold changed schedulers, which this tape listens to as well."""
+        kept = self._scheduler_places()
+        try:
+            for member, name, component in kept:
+                changed = change(component)
+                self._replace_step(changed)
+                setattr(member, name, changed)
+            yield
+        finally:
+            for member, name, component in kept:
+                setattr(member, name, component)
 
     def _replace_step(self, scheduler: SchedulerMixin) -> None:
         stock = type(scheduler).step

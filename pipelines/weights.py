@@ -40,7 +40,9 @@ def add_adapter(name: str, module: nn.Module, lora: Mapping[str, Any]) -> None:
     if unknown:
         raise ValueError(f"policy.lora.{unknown[0]}: unknown key; expected one of {sorted(LORA_OPTIONS)}")
     if lora.get("dropout", 0) != 0:
-        raise ValueError(f"policy.lora.dropout is {lora['dropout']}; expected 0, dropout would turn the ratio into noise")
+        raise ValueError(
+            f"policy.lora.dropout is {lora['dropout']}; expected 0, dropout would turn the ratio into noise"
+        )
     rank = int(lora.get("rank", 32))
     config = LoraConfig(
         r=rank,

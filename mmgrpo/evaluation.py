@@ -1,0 +1,55 @@
+"""Score a policy on held-out prompts, always with the same noise, so that curves are paired."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from mmgrpo import checkpoint, seeds
+from mmgrpo.data import requests
+from mmgrpo.recipe import Recipe
+from mmgrpo.run import Run, load_weights, start
+from mmgrpo.scoring import score
+from mmgrpo.types import Policy, Prompt, Reward, Samples
+
+
+def held_out_samples(policy: Policy, prompts: Sequence[Prompt], count: int, seed: int) -> Samples:
+    """`count` samples of every prompt without exploration, from noise that depends on the run's seed alone."""
+    batch = requests(prompts, range(len(prompts)), group_size=count, seed=seeds.derive(seed, "evaluation"), iteration=0)
+    return policy.generate(batch)
+
+
+def means(rewards: Mapping[str, Reward], samples: Samples) -> dict[str, float]:
+    """The mean of every reward over the samples that it has an opinion of."""
+    feedback = score(rewards, dict.fromkeys(rewards, 1.0), samples)
+    return {name: float(values.nanmean()) for name, values in feedback.rewards.items()}
+
+
+def held_out(run: Run) -> dict[str, float]:
+    """Mean rewards on the run's held-out prompts, under its averaged weights if it has any."""
+    options = run.recipe.evaluation
+    with run.average.applied() if run.average is not None else nullcontext():
+        samples = held_out_samples(run.policy, run.held_out, options.samples, run.recipe.seed)
+    return means(run.rewards, samples)
+
+
+@torch.no_grad()
+def evaluate(recipe: Recipe, path: Path | None) -> dict[str, float]:
+    """Mean rewards of a recipe's policy, with a checkpoint's weights if one is named, on its [evaluation] prompts."""
+    run = start(recipe)
+    if not run.held_out:
+        raise ValueError("evaluation.source is not set; expected a file of held-out prompts")
+    if path is not None:
+        tensors, _ = checkpoint.read(newest(path))
+        load_weights(run.policy, tensors.get("average", tensors["policy"]))
+    samples = held_out_samples(run.policy, run.held_out, recipe.evaluation.samples, recipe.seed)
+    return means(run.rewards, samples)
+
+
+def newest(path: Path) -> Path:
+    """A checkpoint itself, or the newest complete one of a run's folder; raises FileNotFoundError."""
+    found = path if checkpoint.is_checkpoint(path) else checkpoint.latest(path)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no complete checkpoint")
+    return found

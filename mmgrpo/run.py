@@ -1,0 +1,159 @@
+"""Everything a training run holds between two iterations, and how it is built, saved and restored."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmgrpo import checkpoint, objectives
+from mmgrpo.data import load_prompts
+from mmgrpo.improve import KL, Loss
+from mmgrpo.recipe import Recipe, build
+from mmgrpo.shadow import Reference, Shadow
+from mmgrpo.types import AdvantageFunction, Evaluation, Policy, Prompt, Reward
+
+AGGREGATIONS = {"seq_mean": objectives.seq_mean, "token_mean": objectives.token_mean}
+
+
+@dataclass
+class Run:
+    """The state of a run; what a checkpoint holds is `state()`."""
+
+    recipe: Recipe
+    policy: Policy
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    rewards: Mapping[str, Reward]
+    compare: AdvantageFunction
+    loss: Loss
+    aggregate: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    reference: Reference
+    average: Shadow | None
+    iteration: int = 0  # the next one
+    updates: int = 0  # optimizer updates so far
+    samples: int = 0  # samples generated so far
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {reward.name: reward.weight for reward in self.recipe.rewards}
+
+    def learning_rate(self) -> float:
+        """Warm-up, then constant or falling to a tenth over the run."""
+        options, total = self.recipe.optimizer, self.recipe.train.iterations
+        warm = min(1.0, (self.iteration + 1) / options.warmup) if options.warmup else 1.0
+        fall = 1 - 0.9 * self.iteration / total if options.decay == "linear" else 1.0
+        return options.learning_rate * warm * fall
+
+
+def start(recipe: Recipe) -> Run:
+    """Build every component of a recipe, in its first state."""
+    policy: Policy = build(recipe.policy, "policy")
+    prompts = load_prompts(recipe.prompts.source, **recipe.prompts.options)
+    held_out = recipe.evaluation
+    policy.prepare(prompts)
+    trainable = policy.trainable()
+    options = recipe.optimizer
+    optimizer = torch.optim.AdamW(
+        trainable.values(), options.learning_rate, options.betas, options.eps, options.weight_decay, fused=True
+    )
+    reference = recipe.reference
+    decay = {} if reference.decay is None else {"decay": reference.decay}
+    off = policy.adapters_off if reference.kind == "adapters_off" else None
+    return Run(
+        recipe=recipe,
+        policy=policy,
+        prompts=prompts,
+        held_out=load_prompts(held_out.source, **held_out.options) if held_out.source else [],
+        rewards={reward.name: build(reward.component, f"rewards.{reward.name}") for reward in recipe.rewards},
+        compare=build(recipe.advantage, "advantage"),
+        loss=Loss(build(recipe.objective, "objective"), kl_of(recipe.loss.kl), recipe.loss.kl_weight),
+        aggregate=aggregation(recipe),
+        optimizer=optimizer,
+        reference=Reference(reference.kind, trainable, adapters_off=off, **decay),
+        average=Shadow(trainable, torch.float32) if recipe.ema.decay else None,
+    )
+
+
+def aggregation(recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    """(B, S) mask -> (B, S) weights of the loss."""
+    if recipe.loss.aggregation == "constant":
+        return partial(objectives.constant, length=recipe.loss.length)
+    return AGGREGATIONS[recipe.loss.aggregation]
+
+
+def kl_of(name: str) -> KL:
+    """The KL term by its name in a recipe."""
+    return {"exact": exact_kl, "flow_grpo": scaled_kl}[name]
+
+
+def exact_kl(evaluation: Evaluation) -> Tensor:
+    """The KL to the reference as the policy computed it, (b, s); raises ValueError if it did not."""
+    if evaluation.kl is None:
+        raise ValueError("loss.kl_weight is set, but the policy returned no KL to its reference")
+    return evaluation.kl
+
+
+def scaled_kl(evaluation: Evaluation) -> Tensor:
+    """Flow-GRPO's code divides by 2 g^2 instead of 2 S^2: the exact KL times the step's length."""
+    if evaluation.dt is None:
+        raise ValueError("loss.kl is 'flow_grpo', but the policy's decisions have no step length; expected 'exact'")
+    return objectives.flow_grpo_kl(exact_kl(evaluation), evaluation.dt)
+
+
+def save(run: Run, folder: Path) -> Path:
+    """Write a checkpoint of everything that the next iteration depends on, and the policy in its library's format."""
+    optimizer, settings = checkpoint.flatten(run.optimizer)
+    random, sources = checkpoint.random_states()
+    tensors = {
+        "policy": {name: parameter.detach() for name, parameter in run.policy.trainable().items()},
+        "optimizer": optimizer,
+        "reference": run.reference.tensors(),
+        "random": random,
+    }
+    if run.average is not None:
+        tensors["average"] = run.average.tensors()
+    counters = {"iteration": run.iteration, "updates": run.updates, "samples": run.samples}
+    facts = {"counters": counters, "optimizer": settings, "random": sources}
+
+    def export(path: Path) -> None:
+        if run.average is None:
+            run.policy.save(path / "model")
+            return
+        with run.average.applied():
+            run.policy.save(path / "model")
+
+    return checkpoint.write(folder, run.iteration, tensors, facts, keep=run.recipe.train.keep, extra=export)
+
+
+def restore(run: Run, path: Path) -> Run:
+    """The run as it was when the checkpoint was written, weights loaded in place."""
+    tensors, facts = checkpoint.read(path)
+    load_weights(run.policy, tensors["policy"])
+    checkpoint.unflatten(run.optimizer, tensors["optimizer"], facts["optimizer"])
+    run.reference.load(tensors["reference"])
+    if run.average is not None:
+        run.average.load(tensors["average"])
+    checkpoint.set_random_states(tensors["random"], facts["random"])
+    return replace(run, **facts["counters"])
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights into the policy's trained parameters; raises ValueError if names or shapes differ."""
+    parameters = policy.trainable()
+    if parameters.keys() != tensors.keys():
+        odd = sorted(parameters.keys() ^ tensors.keys())
+        raise ValueError(
+            f"the checkpoint has {len(tensors)} trained tensors, the recipe's policy {len(parameters)}; "
+            f"the first that differs is {odd[0]!r}: was it trained with other policy.lora or policy.train?"
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(parameter.shape)}; the checkpoint's is {tuple(tensors[name].shape)}"
+            )
+        parameter.copy_(tensors[name])

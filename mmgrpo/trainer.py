@@ -1,0 +1,180 @@
+"""The loop: roll out, score, compare inside groups, improve, report. It knows no modality, reward or algorithm by name."""
+
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mmgrpo import checkpoint, diagnostics
+from mmgrpo.data import choose, requests
+from mmgrpo.evaluation import held_out
+from mmgrpo.improve import Measured, NonFiniteError, accumulate
+from mmgrpo.interrupt import Interrupted, Interrupts, listening
+from mmgrpo.journal import Journal, Phases
+from mmgrpo.recipe import Recipe, load, resolved
+from mmgrpo.run import Run, restore, save, start
+from mmgrpo.scoring import score
+from mmgrpo.selection import extremes, minibatches
+from mmgrpo.types import Advantage, Batch, Trajectory
+
+
+def train(recipe: Recipe, folder: Path) -> Run:
+    """Train from the recipe's first state; writes recipe.toml, metrics and checkpoints into the folder."""
+    if checkpoint.latest(folder) is not None:
+        raise FileExistsError(f"{folder} holds a run already; continue it with: mmgrpo resume {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.toml").write_text(resolved(recipe), encoding="utf-8")
+    return loop(start(recipe), folder)
+
+
+def resume(folder: Path) -> Run:
+    """Continue a run from its newest complete checkpoint, as if it had never stopped."""
+    path = checkpoint.latest(folder)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no complete checkpoint to resume from")
+    return loop(restore(start(load(folder / "recipe.toml")), path), folder)
+
+
+def loop(run: Run, folder: Path) -> Run:
+    """Iterate to the end of the recipe, or to the next interrupt, which is saved and raised as Interrupted."""
+    options = run.recipe.train
+    with Journal(folder, resume_at=run.iteration) as journal, listening() as interrupts, progress() as bar:
+        task = bar.add_task("align", total=options.iterations, completed=run.iteration, note="")
+        while run.iteration < options.iterations:
+            metrics = guarded_iteration(run, folder)
+            if run.held_out and due(run, options.evaluate_every):
+                metrics |= {f"held_out/{name}": value for name, value in held_out(run).items()}
+            journal.write(run.iteration, metrics)
+            bar.update(task, advance=1, note=f"reward {metrics['reward/total/mean']:.3f}")
+            run.iteration += 1
+            stop_or_save(run, folder, interrupts)
+    return run
+
+
+def due(run: Run, every: int) -> bool:
+    """Whether something done every so many iterations is due after this one, the last included; 0 is never."""
+    return every > 0 and ((run.iteration + 1) % every == 0 or run.iteration + 1 == run.recipe.train.iterations)
+
+
+def stop_or_save(run: Run, folder: Path, interrupts: Interrupts) -> None:
+    """Save at the recipe's intervals, at the end, and before stopping on request."""
+    options = run.recipe.train
+    if interrupts.signal is not None:
+        save(run, folder)
+        done = f"stopped after iteration {run.iteration} of {options.iterations}, saved"
+        raise Interrupted(f"{done}; continue with: mmgrpo resume {folder}", interrupts.signal)
+    if run.iteration % options.save_every == 0 or run.iteration == options.iterations:
+        save(run, folder)
+
+
+def guarded_iteration(run: Run, folder: Path) -> dict[str, float]:
+    """An iteration whose failure is saved beside the run's checkpoints, not as one of them."""
+    try:
+        return iteration(run)
+    except NonFiniteError as error:
+        path = save(run, folder / "failure")
+        raise NonFiniteError(f"iteration {run.iteration}: {error}; the state is saved in {path}") from error
+
+
+def iteration(run: Run) -> dict[str, float]:
+    """One rollout and the updates made from it; -> metrics."""
+    phases, options = Phases(), run.recipe.train
+    batch = requests(
+        run.prompts,
+        choose(len(run.prompts), options.prompts, run.recipe.seed, run.iteration),
+        group_size=options.group_size,
+        seed=run.recipe.seed,
+        iteration=run.iteration,
+    )
+    with phases.measure("rollout"):
+        trajectory, samples = run.policy.rollout(batch)
+    with phases.measure("score"):
+        feedback = score(run.rewards, run.weights, samples)
+    advantage = run.compare(feedback)
+    with phases.measure("update"):
+        metrics = improve(run, trajectory, advantage)
+    run.samples += len(batch)
+    run.reference.after_iteration()
+    return metrics | diagnostics.rewards(feedback) | dict(advantage.metrics) | phases.metrics(len(batch))
+
+
+def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str, float]:
+    """Every optimizer update that a rollout is used for; metrics of the first and the last."""
+    options = run.recipe.train
+    values = advantage.values.unsqueeze(1) if advantage.values.dim() == 1 else advantage.values
+    values = values.expand(trajectory.mask.shape)
+    keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share)
+    seen: list[dict[str, float]] = []
+    for _ in range(options.passes):
+        for rows in minibatches(trajectory.group, options.updates):
+            seen.append(update(run, trajectory, values, keep, rows))
+    return seen[-1] | {f"{name}/first": value for name, value in seen[0].items()} if seen else {}
+
+
+def update(run: Run, trajectory: Trajectory, advantages: Tensor, keep: Tensor, rows: Tensor) -> dict[str, float]:
+    """One optimizer update from the given rows; samples that cannot move the loss are not evaluated."""
+    weights = torch.zeros(trajectory.mask.shape)
+    weights[rows] = run.aggregate(trajectory.mask[rows] & keep[rows].unsqueeze(1))
+    used = weights.ne(0).any(1)
+    if run.recipe.train.drop_zero_advantage and not run.loss.kl_weight:
+        used &= advantages.ne(0).any(1)
+    rows = used.nonzero().flatten()
+    if len(rows) == 0:
+        return {"update/samples": 0.0}
+    part = trajectory.take(rows)
+    held = run.reference if run.reference.active else None
+    try:
+        measured = accumulate(run.policy, part, advantages[rows], weights[rows], run.loss, held)
+        norm = clip_gradient(run)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; sample ids {part.batch.sample.tolist()[:16]}") from error
+    step(run)
+    return summary(measured, part, norm, run)
+
+
+def clip_gradient(run: Run) -> float:
+    """Scale the gradient down to the recipe's norm; -> its norm before; raises NonFiniteError naming a parameter."""
+    parameters = run.policy.trainable()
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), run.recipe.optimizer.max_grad_norm)
+    if not torch.isfinite(norm):
+        bad = [name for name, value in parameters.items() if value.grad is not None and not value.grad.isfinite().all()]
+        raise NonFiniteError(f"the gradient of {bad[0]!r} is not finite ({len(bad)} parameters in all)")
+    return float(norm)
+
+
+def step(run: Run) -> None:
+    """One optimizer update; averages follow once per update."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.learning_rate()
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.updates += 1
+    run.reference.after_update()
+    if run.average is not None:
+        run.average.follow(run.recipe.ema.decay)
+
+
+def summary(measured: Measured, part: Trajectory, norm: float, run: Run) -> dict[str, float]:
+    """What one update showed, by name."""
+    plain = {
+        "update/loss": measured.loss,
+        "update/grad_norm": norm,
+        "update/samples": float(len(part)),
+        "update/learning_rate": run.learning_rate(),
+    }
+    return plain | diagnostics.decisions(measured.values, measured.slope, part.mask)
+
+
+def progress() -> Progress:
+    """A bar with what is done and what is left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+__all__ = ["Batch", "loop", "resume", "train"]

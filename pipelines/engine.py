@@ -1,0 +1,267 @@
+"""Run any diffusers pipeline so that its denoising steps are recorded, and evaluated again in calls of bounded size.
+
+Nothing here knows a model. `pipelines/tape.py` stands between the pipeline's own loop and its scheduler,
+`pipelines/listeners.py` records and replays, `pipelines/levels.py` reads the noise levels.
+Axes: B samples, S decisions (groups of denoiser calls and the steps that follow them), b rows of one pipeline call.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Generator, Tensor, nn
+from torch.nn import Parameter
+
+from mmgrpo import seeds
+from mmgrpo.transitions import Gaussian, Step
+from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Samples, Trajectory
+from pipelines import arguments
+from pipelines.listeners import Recorder, Replayer, Stub
+from pipelines.memo import Memo
+from pipelines.tape import Discovery, Tape
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a pipeline is run as a policy."""
+
+    call: Mapping[str, Any]  # arguments of the pipeline's own call
+    sampler: Callable[[Step], Gaussian]
+    reduction: Literal["mean", "sum"] = "mean"  # over the latent elements of a decision
+    rollout_rows: int = 8  # samples in one call of the pipeline
+    replay_rows: int = 8  # samples whose graphs are held at once
+    same_noise: bool = False  # start noise shared inside a group
+    columns: tuple[str, ...] = ()  # columns of the data passed to the call, row by row
+    autocast: torch.dtype | None = None
+
+
+@dataclass
+class Layout:
+    """What the first run of a pipeline showed."""
+
+    denoisers: tuple[str, ...]
+    trained: tuple[str, ...]
+    steps: int = 0  # S
+    parts: Mapping[int, int] = field(default_factory=dict)  # step -> scheduler steps that make its decision
+    form: arguments.Form = "list"
+    mixed: bool = True  # one call may hold rows of different prompts
+    anchored: bool = False  # old outputs are recomputed in replay geometry, because batch shapes change rounding
+    rounding: float = 0.0  # mean |log-ratio| between the rollout's and the replay's geometry
+
+
+class Engine:
+    """One pipeline, how it is run, and what was learnt of it."""
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, options: Options, revision: str = "", cache: Path | None = None
+    ) -> None:
+        arguments.validate(pipeline, options.call)
+        self.pipeline = pipeline
+        self.options = options
+        self.tape = Tape(pipeline)
+        self.memo = Memo(f"{type(pipeline).__name__}|{revision}", cache)
+        self.stub = Stub()
+        self.layout = Layout((), ())
+
+    @torch.no_grad()
+    def discover(self, prompt: Prompt, train: Sequence[str]) -> None:
+        """Find the denoisers with one run of the stock pipeline; raises ValueError if `train` names no component."""
+        discovery = Discovery()
+        self.run(discovery, probe_batch([prompt], [0]), "single")
+        trained = tuple(train) or discovery.predictors()
+        for name in trained:
+            if name not in self.tape.modules:
+                raise ValueError(f"policy.train names {name!r}; the pipeline has {sorted(self.tape.modules)}")
+        self.layout = Layout(discovery.denoisers(), trained)
+
+    @torch.no_grad()
+    def measure(self, prompt: Prompt) -> None:
+        """Count the decisions of a run in which every step is planned."""
+        probe = probe_batch([prompt], [0])
+        recorder = self._recorder(probe, torch.ones(100_000, dtype=torch.bool))
+        self.run(recorder, probe, "single")
+        self.layout.steps = recorder.counter.group + 1
+        self.layout.parts = dict(recorder.parts)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained modules by component name."""
+        return {name: self.tape.modules[name] for name in self.layout.trained}
+
+    def trainable(self) -> dict[str, Parameter]:
+        """The parameters that training changes, by component and name."""
+        return {
+            f"{component}.{name}": parameter
+            for component, module in self.modules().items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def dtype(self) -> torch.dtype:
+        """In which the trained modules compute."""
+        weights = (parameter.dtype for module in self.modules().values() for parameter in module.parameters())
+        return self.options.autocast or min(weights, key=lambda kind: kind.itemsize)
+
+    @property
+    def planned(self) -> Tensor:
+        """Every step, (S,) bool."""
+        return torch.ones(self.layout.steps, dtype=torch.bool)
+
+    # -- rollout ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rollout(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
+        """One sample per row, and its decisions; the planned steps, (S,) bool, are stochastic and trained."""
+        pieces, samples = self._generate(batch, planned)
+        record = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        order = record.pop("place").argsort()
+        record = {name: tensor[order.to(tensor.device)] for name, tensor in record.items()}
+        trained = [f"output.{step}.0" in record for step in range(self.layout.steps)]
+        mask = torch.tensor(trained).expand(len(batch), -1).clone()
+        trajectory = Trajectory(batch, mask, torch.zeros_like(mask, dtype=torch.int64), record)
+        if int(record["rows"].max()) > self.options.replay_rows:
+            trajectory, self.layout.rounding = self.anchor(trajectory)
+        return trajectory, samples
+
+    @torch.no_grad()
+    def generate(self, batch: Batch) -> Samples:
+        """One sample per row with the noise of the sampler off."""
+        return self._generate(batch, ~self.planned)[1]
+
+    def _generate(self, batch: Batch, planned: Tensor) -> tuple[list[dict[str, Tensor]], Samples]:
+        """The records of every call of the pipeline, each with its rows' places in the batch, and all samples in order."""
+        pieces, samples, places = [], [], []
+        for rows in self._calls(batch, torch.tensor(self.options.rollout_rows).expand(len(batch))):
+            part = batch.take(rows)
+            recorder = self._recorder(part, planned)
+            result = self.run(recorder, part)
+            samples.append(arguments.to_samples(result, part, self._rate()))
+            pieces.append(recorder.record | {"place": rows, "rows": torch.full_like(rows, len(rows))})
+            places.append(rows)
+        return pieces, join(samples, batch, torch.cat(places).argsort())
+
+    def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
+        row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
+        keep_outputs = self.stub.kind == "recorded"
+        return Recorder(self.layout.denoisers, self.memo, self.options.sampler, planned, row_seeds, keep_outputs)
+
+    def _rate(self) -> int | None:
+        """Samples per second of the sound that the pipeline makes, from its decoder's configuration."""
+        configs = [module.config for name, module in self.tape.modules.items() if name in ("vae", "vocoder")]
+        rates = [config["sampling_rate"] for config in configs if "sampling_rate" in config]
+        return int(rates[-1]) if rates else None
+
+    # -- replay -------------------------------------------------------------------------------------------------
+
+    def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
+        """Evaluate the trained steps of a few rows at a time; each step is handed to `consume` as soon as it is known."""
+        for rows in self._calls(trajectory.batch, trajectory.record["rows"]):
+            part = trajectory.take(self._padded(rows, trajectory))
+            references = None
+            if reference is not None:
+                with torch.no_grad(), reference.applied():
+                    references = self._replay_rows(part, lambda step, evaluation: None)
+
+            def emit(step: int, evaluation: Evaluation, rows: Tensor = rows) -> None:
+                consume(Chunk(rows, torch.tensor([step]), evaluation.rows(len(rows))))
+
+            self._replay_rows(part, emit, references)
+
+    def _padded(self, rows: Tensor, trajectory: Trajectory) -> Tensor:
+        """The last row repeated up to the size of the call that recorded it: other batch shapes round differently."""
+        size = int(trajectory.record["rows"][rows[0]])
+        return torch.cat([rows, rows[-1:].expand(size - len(rows))])
+
+    def _replay_rows(
+        self,
+        part: Trajectory,
+        emit: Callable[[int, Evaluation], None],
+        references: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """One or, where steps depend on earlier ones, several calls of the pipeline; -> the model outputs by record name."""
+        wanted = part.mask.any(0).nonzero().flatten().tolist()
+        outputs: dict[str, Tensor] = {}
+        for steps in [wanted] if self.stub.kind == "zeros" else [[step] for step in wanted]:
+            replayer = Replayer(
+                self.layout.denoisers, self.memo, self.options.sampler, part.record, steps, self.layout.parts,
+                self.options.reduction, self.stub, emit, references,
+            )  # fmt: skip
+            self.run(replayer, part.batch)
+            outputs |= replayer.outputs
+        return outputs
+
+    @torch.no_grad()
+    def outputs(self, trajectory: Trajectory) -> dict[str, Tensor]:
+        """The model outputs of the trained steps under today's weights, one call for all rows; by record name."""
+        return self._replay_rows(trajectory, lambda step, evaluation: None)
+
+    @torch.no_grad()
+    def noise_off_states(self, batch: Batch) -> list[Tensor]:
+        """The next state after every scheduler step with the sampler's noise off."""
+        recorder = self._recorder(batch, torch.zeros(self.layout.steps, dtype=torch.bool))
+        recorder.everything = True
+        self.run(recorder, batch)
+        return [tensor for name, tensor in recorder.record.items() if name.startswith("next.")]
+
+    @torch.no_grad()
+    def anchor(self, trajectory: Trajectory) -> tuple[Trajectory, float]:
+        """The trajectory with its model outputs recomputed at `replay_rows`, and the mean |log-ratio| that this removed."""
+        record = {name: tensor.clone() for name, tensor in trajectory.record.items()}
+        noise: list[Tensor] = []
+        for rows in self._calls(trajectory.batch, torch.tensor(self.options.replay_rows).expand(len(trajectory))):
+            outputs = self._replay_rows(
+                trajectory.take(rows), lambda step, evaluation: noise.append(evaluation.log_ratio.abs().mean())
+            )
+            for name, output in outputs.items():
+                record[name][rows] = output.to(record[name])
+            record["rows"][rows] = len(rows)
+        anchored = Trajectory(trajectory.batch, trajectory.mask, trajectory.kind, record)
+        return anchored, float(torch.stack(noise).mean()) if noise else 0.0
+
+    # -- one call of the pipeline ---------------------------------------------------------------------------------
+
+    def run(self, listener: Any, batch: Batch, form: arguments.Form | None = None) -> Any:
+        """The pipeline's own call for a batch under a listener; -> its result, or None if the listener stopped it."""
+        ids = batch.group if self.options.same_noise else batch.sample
+        generators = [Generator().manual_seed(seeds.derive(batch.seed, "start", int(row))) for row in ids]
+        asked = arguments.call_arguments(
+            self.pipeline, batch.prompts, generators, self.options.call, self.options.columns,
+            form or self.layout.form,
+        )  # fmt: skip
+        with autocast(self.pipeline.device.type, self.options.autocast):
+            return self.tape.run(listener, asked, seeds.derive(batch.seed, "global", batch.iteration))
+
+    def _calls(self, batch: Batch, sizes: Tensor) -> Iterator[Tensor]:
+        """Rows of each call of the pipeline, at most their size at a time; of one prompt where prompts cannot be mixed."""
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for row, (prompt, size) in enumerate(zip(batch.prompts, sizes.tolist(), strict=True)):
+            kinds.setdefault((0 if self.layout.mixed else prompt.id, size), []).append(row)
+        for (_, size), rows in kinds.items():
+            calls = -(-len(rows) // (1 if self.layout.form == "single" else size))
+            yield from torch.tensor(rows).tensor_split(calls)
+
+
+def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Mixed precision for one call of the pipeline; cached casts would lose the gradient of weights first used without it."""
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device, dtype, cache_enabled=not torch.is_grad_enabled())
+
+
+def join(pieces: Sequence[Samples], batch: Batch, order: Tensor) -> Samples:
+    """Samples of several calls as one, in the batch's order."""
+    media = {}
+    for name in ("image", "video", "audio"):
+        parts = [getattr(piece, name) for piece in pieces]
+        if parts[0] is not None:
+            media[name] = torch.cat(parts)[order]
+    return Samples(batch, rate=pieces[0].rate, **media)
+
+
+def probe_batch(prompts: Sequence[Prompt], samples: Sequence[int]) -> Batch:
+    """Requests of a run of its own, with which a pipeline is looked at before training."""
+    ids = torch.tensor(samples)
+    return Batch(tuple(prompts), torch.arange(len(prompts)), ids, seed=seeds.derive("probe"), iteration=0)
