@@ -105,8 +105,8 @@ def euler_maruyama(x: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, g: Te
 
 
 def flow_sde_diffusion(t: Tensor, t_second: Tensor, noise: float) -> Tensor:
-    """g = noise sqrt(t / (1 - t)), 1 - t being that of the schedule's second level where t = 1 (as the authors' code does)."""
-    return noise * _root(t * _reciprocal(torch.where(t < 1, 1 - t, 1 - t_second)))
+    """g = noise sqrt(t / (1 - t)); at t = 1 (to 1e-5) with the 1 - t of the schedule's second level, as the authors' code."""
+    return noise * _root(t * _reciprocal(torch.where(1 - t > 1e-5, 1 - t, 1 - t_second)))
 
 
 def dance_diffusion(t: Tensor, eta: float) -> Tensor:
@@ -246,33 +246,30 @@ def _working(level: Level, **tensors: Tensor) -> tuple[Tensor, Tensor, Level]:
     """Two tensors of one shape and their level in one dtype of at least float32, on the tensors' device."""
     same_shape(**tensors)
     first, second = tensors.values()
-    _require_axes("level", level.alpha, first)
-    _require_axes("level", level.sigma, first)
     dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    return first.to(dtype), second.to(dtype), _moved(level, first.device, dtype)
-
-
-def _moved(level: Level, device: torch.device, dtype: torch.dtype) -> Level:
-    return Level(level.alpha.to(device, dtype), level.sigma.to(device, dtype))
+    return first.to(dtype), second.to(dtype), _fitted("level", level, first, dtype)
 
 
 def _ready(step: Step) -> Step:
     """The step in one dtype of at least float32; raises ValueError for unequal shapes or a rising noise level."""
-    same_shape(x=step.x, clean=step.clean, noise=step.noise)
-    levels = (step.now, step.next, step.second)
-    for name, level in zip(("now", "next", "second"), levels, strict=True):
-        _require_axes(f"level {name!r}", level.alpha, step.x)
-        _require_axes(f"level {name!r}", level.sigma, step.x)
+    x, clean, noise = step.x, step.clean, step.noise
+    same_shape(x=x, clean=clean, noise=noise)
     if (step.next.sigma > step.now.sigma).any():
         raise ValueError(f"the noise level rises from {_shown(step.now.sigma)} to {_shown(step.next.sigma)}")
-    x, clean, noise = step.x, step.clean, step.noise
     dtype = reduce(torch.promote_types, (x.dtype, clean.dtype, noise.dtype), torch.float32)
-    now, following, second = (_moved(level, x.device, dtype) for level in levels)
+    named = (("level 'now'", step.now), ("level 'next'", step.next), ("level 'second'", step.second))
+    now, following, second = (_fitted(name, level, x, dtype) for name, level in named)
     return Step(x.to(dtype), clean.to(dtype), noise.to(dtype), now, following, second)
 
 
-def _shown(level: Tensor) -> str:
-    return f"{level.flatten()[0].item():.4g}" if level.numel() == 1 else f"{level.flatten().tolist()[:4]}"
+def _fitted(name: str, level: Level, x: Tensor, dtype: torch.dtype) -> Level:
+    _require_axes(name, level.alpha, x)
+    _require_axes(name, level.sigma, x)
+    return Level(level.alpha.to(x.device, dtype), level.sigma.to(x.device, dtype))
+
+
+def _shown(values: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in values.flatten()[:4].tolist())
 
 
 def _require_flow(name: str, *levels: Level) -> None:
@@ -289,8 +286,8 @@ def _require_range(name: str, value: float, high: float) -> None:
 
 def _require_axes(name: str, tensor: Tensor, x: Tensor) -> None:
     """Refuse a tensor that would line up with the wrong axes of x: all its axes are there, or none."""
-    axes_fit = all(have in (1, size) for have, size in zip(tensor.shape, x.shape, strict=False))
-    if tensor.dim() not in (0, x.dim()) or not axes_fit:
+    fits = all(have in (1, size) for have, size in zip(tensor.shape, x.shape, strict=False))
+    if tensor.dim() not in (0, x.dim()) or not fits:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a scalar or one that fits {tuple(x.shape)}")
 
 
