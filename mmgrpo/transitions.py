@@ -56,9 +56,6 @@ class Prediction(NamedTuple):
     noise: Tensor
 
 
-# From a model's output to (data, noise)
-
-
 def from_velocity(x: Tensor, velocity: Tensor, level: Level) -> Prediction:
     """Flow matching, velocity = noise - data; raises ValueError off the flow path."""
     _require_flow("from_velocity", level)
@@ -87,9 +84,6 @@ def from_clean(x: Tensor, clean: Tensor, level: Level) -> Prediction:
     """Data ("sample") prediction; the noise is 0 where sigma = 0."""
     x, clean, level = _working(level, x=x, clean=clean)
     return Prediction(clean, (x - level.alpha * clean) * _reciprocal(level.sigma))
-
-
-# The kernel of the SDE samplers
 
 
 def euler_maruyama(x: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, g: Tensor) -> Gaussian:
@@ -237,9 +231,6 @@ def _reduced(elements: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
         raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
     total = elements.flatten(1).sum(1)
     return total if reduction == "sum" else total / counted.flatten(1).sum(1).clamp(min=1)
-
-
-# Checks and safe arithmetic
 
 
 def _working(level: Level, **tensors: Tensor) -> tuple[Tensor, Tensor, Level]:
