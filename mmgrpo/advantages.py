@@ -1,0 +1,122 @@
+"""How much better each sample was than the others of its prompt.
+
+Pure functions on scores (B,) and group ids (B,), then the components that recipes name: (feedback, *, options) -> Advantage.
+One treatment of the exceptions, everywhere:
+- NaN is no opinion: the sample enters no statistic, its value is 0 and `keep` is False;
+- a group of equal scores, or with a single opinion, has value exactly 0 and is kept;
+- an infinite score is a fault of a reward and raises ValueError.
+Group ids are any int64 values in any order. Axes: B samples, K rewards.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmgrpo.groups import group_centred, group_size, group_std, spread
+from mmgrpo.types import Advantage, Feedback
+
+Scale = Literal["group", "batch", "none"]
+Missing = Literal["skip", "zero"]
+
+
+def standardize(scores: Tensor, group: Tensor, ddof: int = 1, eps: float = 1e-4, scale: Scale = "group") -> Tensor:
+    """(score - mean of its group) / (std + eps); (B,), (B,) int64 -> (B,), NaN where the score is.
+
+    The std is of the group (GRPO, arXiv 2402.03300), of all scores of the batch as they are (Lite PPO, arXiv 2508.08221;
+    Flow-GRPO with ddof 0), or not used (Dr. GRPO, arXiv 2503.20783).
+    """
+    if eps < 0:
+        raise ValueError(f"eps is {eps}; expected a number from 0")
+    distance = group_centred(scores, group)
+    match scale:
+        case "none":
+            return _as_scores(distance, scores)
+        case "group":
+            std = group_std(scores, group, ddof)
+        case "batch":
+            std = group_std(scores, torch.zeros_like(group), ddof)
+        case _:
+            raise ValueError(f"scale is {scale!r}; expected 'group', 'batch' or 'none'")
+    return _as_scores(distance / torch.where(std > 0, std + eps, 1), scores)
+
+
+def against_others(scores: Tensor, group: Tensor) -> Tensor:
+    """Score minus the mean of the others of its group, 0 where there is no other; (B,), (B,) int64 -> (B,).
+
+    RLOO, arXiv 2402.14740: G / (G - 1) times the distance to the group's mean.
+    """
+    size = group_size(scores, group)
+    return _as_scores(group_centred(scores, group) * size / (size - 1).clamp(min=1), scores)
+
+
+def standardized(
+    feedback: Feedback, *, ddof: int = 1, eps: float = 1e-4, scale: Scale = "group", clamp: float | None = None
+) -> Advantage:
+    """GRPO on the weighted sum of the rewards, as `standardize`; `clamp` bounds the values to [-clamp, clamp]."""
+    if clamp is not None and clamp <= 0:
+        raise ValueError(f"clamp is {clamp}; expected a positive number")
+    scores = _total(feedback)
+    values = standardize(scores, feedback.group, ddof, eps, scale)
+    return _advantage(values if clamp is None else values.clamp(-clamp, clamp), scores, feedback.group)
+
+
+def centered(feedback: Feedback) -> Advantage:
+    """Dr. GRPO (arXiv 2503.20783): the weighted sum of the rewards minus its mean in the group."""
+    return standardized(feedback, scale="none")
+
+
+def leave_one_out(feedback: Feedback) -> Advantage:
+    """RLOO (arXiv 2402.14740) on the weighted sum of the rewards."""
+    scores = _total(feedback)
+    return _advantage(against_others(scores, feedback.group), scores, feedback.group)
+
+
+def gdpo(
+    feedback: Feedback, *, ddof: int = 1, eps: float = 1e-4, missing: Missing = "skip", batch_scale: bool = True
+) -> Advantage:
+    """GDPO (arXiv 2601.05242): standardize each reward in the group, add with the weights, divide by the batch's std.
+
+    A single reward falls back to GRPO, as the authors' release does. `missing` says what a NaN of one reward is: "skip"
+    leaves it out of that reward's statistics and of the sample's sum, "zero" takes it as a score of 0 (the release). Without
+    `batch_scale` this is the aggregation of MixGRPO (arXiv 2507.21802). The paper's subtraction of the batch's mean is not
+    written: the mean is 0 by construction, and a group without spread stays exactly 0.
+    """
+    if missing not in ("skip", "zero"):
+        raise ValueError(f"missing is {missing!r}; expected 'skip' or 'zero'")
+    scores, group = _total(feedback), feedback.group
+    trained = [(feedback.rewards[name].double(), weight) for name, weight in feedback.weights.items() if weight != 0]
+    if len(trained) == 1:
+        return _advantage(standardize(scores, group, ddof, eps), scores, group)
+    if missing == "zero":
+        trained = [(values.nan_to_num(0), weight) for values, weight in trained]
+    parts = torch.stack([weight * standardize(values, group, ddof, eps) for values, weight in trained])  # (K, B)
+    combined, size = parts.nansum(0), parts.abs().nansum(0)
+    combined = torch.where(combined.abs() > 1e-12 * size, combined, 0)  # what cancels leaves rounding, not a preference
+    combined = torch.where(scores.isnan(), torch.nan, combined)
+    if batch_scale:
+        std = group_std(combined, torch.zeros_like(group), ddof)
+        combined = combined / torch.where(std > 0, std + eps, 1)
+    return _advantage(_as_scores(combined, scores), scores, group)
+
+
+def _total(feedback: Feedback) -> Tensor:
+    """The weighted sum (B,); raises ValueError naming the reward that is infinite."""
+    for name, values in feedback.rewards.items():
+        if values.isinf().any():
+            raise ValueError(f"reward {name!r} is infinite for {int(values.isinf().sum())} of {len(values)} samples")
+    return feedback.total()
+
+
+def _as_scores(values: Tensor, scores: Tensor) -> Tensor:
+    return values.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def _advantage(values: Tensor, scores: Tensor, group: Tensor) -> Advantage:
+    keep, (none_share, mean_std) = ~values.isnan(), spread(scores, group)
+    metrics = {
+        "groups_without_spread": none_share,
+        "group_std": mean_std,
+        "without_opinion": 1 - float(keep.double().mean()),
+    }
+    return Advantage(torch.where(keep, values, 0), keep, metrics)
