@@ -1,9 +1,9 @@
-"""Noise levels of any diffusers scheduler at any of its steps, and what the model's output means there.
+"""Noise levels of any diffusers scheduler at any of its steps.
 
-Five readers: a flow table, sigma space (also preconditioned), classes that convert their sigmas, `alphas_cumprod`, and the
-few with a schedule of their own. All read the tables that the sampler reads, because its configuration may say otherwise.
+Readers: a flow table, sigma space (also preconditioned), classes that convert their sigmas, `alphas_cumprod`, and the few
+with a schedule of their own. All read the tables that the sampler reads: its configuration may say otherwise.
 Solvers that evaluate the model twice per step (Heun, KDPM2, PNDM, DPM-Solver SDE) become first-order: the second call is
-a step from a level to itself. Axes: B samples, T tokens.
+a step from a level to itself. Axes: B samples, T tokens, C channels.
 """
 
 from collections.abc import Callable
@@ -15,61 +15,9 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from mmgrpo.transitions import Level
-from pipelines import predictions
+from pipelines import predictions, schedulers
 from pipelines.predictions import Prediction
-
-FLOW = (
-    diffusers.FlowMatchEulerDiscreteScheduler,
-    diffusers.FlowMatchHeunDiscreteScheduler,
-    diffusers.FlowMatchLCMScheduler,
-    diffusers.FlowMapEulerDiscreteScheduler,
-    diffusers.LTXEulerAncestralRFScheduler,
-    diffusers.MiniMaxH3Scheduler,
-    diffusers.HeliosScheduler,
-)
-SIGMA_SPACE = (
-    diffusers.EulerDiscreteScheduler,
-    diffusers.EulerAncestralDiscreteScheduler,
-    diffusers.LMSDiscreteScheduler,
-    diffusers.HeunDiscreteScheduler,
-    diffusers.KDPM2DiscreteScheduler,
-    diffusers.KDPM2AncestralDiscreteScheduler,
-    diffusers.DPMSolverSDEScheduler,
-)
-EDM = (
-    diffusers.EDMEulerScheduler,
-    diffusers.EDMDPMSolverMultistepScheduler,
-    diffusers.CosineDPMSolverMultistepScheduler,
-)
-CONVERTING = (
-    diffusers.DPMSolverMultistepScheduler,
-    diffusers.DPMSolverSinglestepScheduler,
-    diffusers.UniPCMultistepScheduler,
-    diffusers.DEISMultistepScheduler,
-    diffusers.SASolverScheduler,
-)
-STRIDED = (  # step to t - T // N, whatever the next timestep is
-    diffusers.DDIMScheduler,
-    diffusers.DDIMParallelScheduler,
-    diffusers.CogVideoXDDIMScheduler,
-    diffusers.CogVideoXDPMScheduler,
-    diffusers.PNDMScheduler,
-)
-LISTED = (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler, diffusers.UnCLIPScheduler)  # step to the next timestep
-OWN = (
-    diffusers.LCMScheduler,
-    diffusers.TCDScheduler,
-    diffusers.CMStochasticIterativeScheduler,
-    diffusers.IPNDMScheduler,
-    diffusers.SCMScheduler,
-)
-WITHOUT_INDEX = (*STRIDED, *LISTED, diffusers.DDPMWuerstchenScheduler)
-INDEXED = (*FLOW, *SIGMA_SPACE, *EDM, *CONVERTING, *OWN)
-SUPPORTED = (*INDEXED, *WITHOUT_INDEX)
-
-
-class Unsupported(ValueError):
-    """The scheduler's steps have no noise levels that can be read, for the reason given."""
+from pipelines.schedulers import Unsupported
 
 
 class Levels(NamedTuple):
@@ -89,14 +37,15 @@ def read(
 ) -> Levels:
     """Levels of the step that stock `step(..., timestep, ...)` would take now.
 
-    `index` is `position(scheduler, timestep)`; None for classes that go by the timestep alone. `per_token_timesteps` (B, T) is
-    the argument of that name of FlowMatchEulerDiscreteScheduler.step. Raises Unsupported for a class without a reader.
+    `index` is `schedulers.position(scheduler, timestep)`; None for classes that go by the timestep alone.
+    `per_token_timesteps` (B, T) is the argument of that name of FlowMatchEulerDiscreteScheduler.step. Raises Unsupported for
+    a class without a reader, ValueError for a configuration without a meaning or an index outside the schedule.
     """
     if per_token_timesteps is not None:
         return _flow_per_token(scheduler, per_token_timesteps)
     for classes, reader in READERS:
         if isinstance(scheduler, classes):
-            return reader(scheduler, index) if isinstance(scheduler, INDEXED) else reader(scheduler, timestep)
+            return reader(scheduler, index if isinstance(scheduler, schedulers.INDEXED) else timestep)
     raise Unsupported(f"{type(scheduler).__name__} has no noise levels that can be read")
 
 
@@ -105,15 +54,15 @@ def clean_and_noise(
 ) -> tuple[Tensor, Tensor]:
     """Predicted data and noise in the sample's units, at least float32, differentiable; (B, C, ...) each.
 
-    An output of 2C channels carries a learned variance in its second half, which is left out. `clean` is a prediction that the
-    pipeline formed itself (`pred_original_sample` of EDMEulerScheduler.step). Raises ValueError if the shapes disagree.
+    An output of 2C channels carries a learned variance in its second half, which is left out. `clean` is a prediction that
+    the pipeline formed itself (`pred_original_sample` of EDMEulerScheduler.step). Raises ValueError if the shapes disagree.
     """
     dtype = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
     x, output = sample.to(dtype), (model_output if clean is None else clean).to(dtype)
     if output.shape != x.shape and output.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if output.shape != x.shape:
-        raise ValueError(f"model_output has shape {tuple(model_output.shape)}: expected {tuple(sample.shape)} of the sample")
+        raise ValueError(f"model_output has shape {tuple(model_output.shape)}: expected the sample's {tuple(x.shape)}")
     prediction = levels.prediction if clean is None else predictions.data(levels.now)
     return _weighted(prediction.clean, x, output), _weighted(prediction.noise, x, output)
 
@@ -126,21 +75,23 @@ def _table(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float64)
 
 
-def _along(table: Tensor, level: Callable[[Tensor], Level], index: int, meaning: Callable[[Level], Prediction]) -> Levels:
+def _along(
+    table: Tensor, level: Callable[[Tensor], Level], index: int | None, meaning: Callable[[Level], Prediction]
+) -> Levels:
     """The step from entry `index` of a table of sigmas to the next one."""
-    if not 0 <= index < len(table) - 1:
+    if index is None or not 0 <= index < len(table) - 1:
         raise ValueError(f"step index {index} is outside the schedule's {len(table) - 1} steps")
-    now = level(table[index])
-    return Levels(now, level(table[index + 1]), level(table[1]), meaning(now))
+    here, there = table[index], table[index + 1]
+    same = torch.isclose(here, there, rtol=1e-6, atol=0)  # a last level repeated with other rounding could lie above
+    now = level(here)
+    return Levels(now, now if same else level(there), level(table[1]), meaning(now))
 
 
 def _flow(scheduler: SchedulerMixin, index: int) -> Levels:
     """x = (1 - sigma) data + sigma noise; the direction of the table, not `invert_sigmas`, says which way time runs."""
     sigmas = _table(scheduler.sigmas)
     if isinstance(scheduler, diffusers.LTXEulerAncestralRFScheduler):
-        sigmas = torch.cat([sigmas, sigmas[-1:]])  # explicit sigmas come with a call at the last level, which changes nothing
-    if isinstance(scheduler, diffusers.HeliosScheduler) and scheduler.config.prediction_type != "flow_prediction":
-        raise Unsupported(f"HeliosScheduler with prediction_type {scheduler.config.prediction_type!r}: expected 'flow_prediction'")
+        sigmas = torch.cat([sigmas, sigmas[-1:]])  # explicit sigmas come with a call at the last level: nothing changes
     if sigmas[-1] > sigmas[0]:  # time runs from 0 (noise) to 1 (data)
         return _along(sigmas, lambda s: Level(s, 1 - s), index, predictions.negative_velocity)
     if sigmas.max() > 1 + 1e-3:  # a variance-exploding process that borrows the Euler step: its slope is the noise
@@ -160,7 +111,7 @@ def _exploding(sigma: Tensor) -> Level:
 def _flow_per_token(scheduler: SchedulerMixin, timesteps: Tensor) -> Levels:
     """Each token steps from its own level to the table's next lower one; the stock step adds, so F = data - noise."""
     if not isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        raise Unsupported(f"{type(scheduler).__name__} has no per-token timesteps: only FlowMatchEulerDiscreteScheduler has")
+        raise Unsupported(f"{type(scheduler).__name__} has no per-token timesteps")
     if timesteps.ndim != 2:
         raise ValueError(f"per_token_timesteps has shape {tuple(timesteps.shape)}: expected (batch, tokens)")
     now = timesteps.detach().float() / scheduler.config.num_train_timesteps  # (B, T)
@@ -182,15 +133,16 @@ def _edm(scheduler: SchedulerMixin, index: int) -> Levels:
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     kind, sigma_data = scheduler.config.prediction_type, scheduler.config.sigma_data
     if kind not in signs:
-        raise ValueError(f"prediction_type {kind!r} of {type(scheduler).__name__} is unknown: expected one of {sorted(signs)}")
-    return _along(_table(scheduler.sigmas), _exploding, index, lambda now: predictions.edm(now, sigma_data, signs[kind]))
+        raise ValueError(f"prediction_type {kind!r} has no meaning behind EDM's preconditioning: expected {list(signs)}")
+    sigmas = _table(scheduler.sigmas)
+    return _along(sigmas, _exploding, index, lambda now: predictions.edm(now, sigma_data, signs[kind]))
 
 
 def _converting(scheduler: SchedulerMixin, index: int) -> Levels:
     """sigma / alpha is in the table; the class itself says what alpha is (1 - sigma if `use_flow_sigmas`)."""
     kind = scheduler.config.prediction_type
     if kind == "flow_prediction" and not scheduler.config.use_flow_sigmas:
-        raise ValueError("prediction_type 'flow_prediction' needs use_flow_sigmas=True: the noise levels are not those of a flow")
+        raise ValueError("prediction_type 'flow_prediction' needs use_flow_sigmas=True: the levels are not those of a flow")
     level = lambda sigma: Level(*scheduler._sigma_to_alpha_sigma_t(sigma))  # noqa: E731
     return _along(_table(scheduler.sigmas), level, index, lambda now: predictions.named(kind, now))
 
@@ -223,14 +175,14 @@ def _listed(scheduler: SchedulerMixin, timestep: Tensor | float) -> Levels:
     """DDPM: from a timestep to the next of the list, and from the last one to data."""
     t, timesteps = int(timestep), scheduler.timesteps.tolist()
     one = torch.ones(())
-    after = (timesteps[timesteps.index(t) + 1 :] + [-1])[0]
-    second = _cumulative(scheduler, (timesteps[1:] + [-1])[0], one)
-    now = _preserving(scheduler.alphas_cumprod[t])
-    return Levels(now, _cumulative(scheduler, after, one), second, predictions.named(scheduler.config.prediction_type, now))
+    now, after, second = (
+        _cumulative(scheduler, (timesteps + [-1])[place], one) for place in (timesteps.index(t), timesteps.index(t) + 1, 1)
+    )
+    return Levels(now, after, second, predictions.named(scheduler.config.prediction_type, now))
 
 
 def _wuerstchen(scheduler: SchedulerMixin, timestep: Tensor | float) -> Levels:
-    """Continuous cosine schedule of `timestep` (B,) in [0, 1], equal for the whole batch; it ends at alphas_cumprod 0.9999."""
+    """Continuous cosine schedule; `timestep` (B,) in [0, 1], equal in a batch; it ends at alphas_cumprod 0.9999."""
     ratios = _table(scheduler.timesteps)
     index = int((ratios - float(torch.as_tensor(timestep).flatten()[0])).abs().argmin())
     cumulative = scheduler._alpha_cumprod(ratios, ratios.device)
@@ -275,12 +227,12 @@ def _trigonometric(scheduler: SchedulerMixin, index: int) -> Levels:
 
 
 READERS: tuple[tuple[tuple[type, ...], Callable[..., Levels]], ...] = (
-    (FLOW, _flow),
-    (SIGMA_SPACE, _sigma_space),
-    (EDM, _edm),
-    (CONVERTING, _converting),
-    (STRIDED, _strided),
-    (LISTED, _listed),
+    (schedulers.FLOW, _flow),
+    (schedulers.SIGMA_SPACE, _sigma_space),
+    (schedulers.EDM, _edm),
+    (schedulers.CONVERTING, _converting),
+    (schedulers.STRIDED, _strided),
+    (schedulers.LISTED, _listed),
     ((diffusers.DDPMWuerstchenScheduler,), _wuerstchen),
     ((diffusers.LCMScheduler,), _latent_consistency),
     ((diffusers.TCDScheduler,), _trajectory_consistency),

@@ -1,6 +1,6 @@
 """What a denoiser's output means: the predicted data and noise are affine in (sample, output).
 
-Each function takes the level x = alpha data + sigma noise that the sample is at and returns the weights. F is the output.
+Each function takes the level of the sample, x = alpha data + sigma noise, and returns the weights. F is the output.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Weights = tuple[Tensor, Tensor]  # of the sample and of the model's output
 
 
 class Prediction(NamedTuple):
-    """data = clean[0] x + clean[1] F and noise = noise[0] x + noise[1] F; weights () or broadcastable with the sample."""
+    """data = clean[0] x + clean[1] F and noise = noise[0] x + noise[1] F; weights () or broadcasting with the sample."""
 
     name: str
     clean: Weights
@@ -35,9 +35,9 @@ def negative_velocity(level: Level) -> Prediction:
 
 
 def epsilon(level: Level) -> Prediction:
-    """F = noise (DDPM, equation 11). Raises ValueError at a level without signal, where data cannot be told from it."""
+    """F = noise (DDPM, equation 11). Raises ValueError at a level without signal, where it does not tell the data."""
     if level.alpha == 0:
-        raise ValueError("prediction_type 'epsilon' says nothing about the data at alpha 0 (zero terminal SNR): got it there")
+        raise ValueError("prediction_type 'epsilon' says nothing about the data at alpha 0 (rescale_betas_zero_snr)")
     zero, one = torch.zeros_like(level.sigma), torch.ones_like(level.sigma)
     return Prediction("epsilon", (1 / level.alpha, -level.sigma / level.alpha), (zero, one))
 
@@ -76,7 +76,7 @@ def boundary(inner: Prediction, level: Level, skip: float, out: float) -> Predic
 
 
 def trigflow(angle: Tensor, sigma_data: float) -> Prediction:
-    """F = cos z - sin data, x = cos data + sin z, z of std sigma_data (Lu and Song 2024, section 4); angle () radians."""
+    """F = cos z - sin data, x = cos data + sin z, z of std sigma_data (Lu and Song 2024, section 4); angle in radians."""
     cos, sin = angle.cos(), angle.sin()
     return Prediction("trigflow", (cos, -sin), (sin / sigma_data, cos / sigma_data))
 

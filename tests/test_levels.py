@@ -429,7 +429,8 @@ def test_a_noisy_stock_step_is_the_kernel_of_its_family_at_our_levels(name, opti
     scheduler = build(name, options)
     quiet(scheduler)
     timesteps = start(scheduler)
-    x = initial(scheduler, torch.float32)
+    precise(scheduler)
+    x = initial(scheduler, torch.float64)
     for number, timestep in enumerate(timesteps):
         output = model(scaled(scheduler, x, timestep), timestep)
         step = read(scheduler, for_step(scheduler, timestep), position(scheduler, timestep))
@@ -437,27 +438,27 @@ def test_a_noisy_stock_step_is_the_kernel_of_its_family_at_our_levels(name, opti
         extra = {"generator": None} if "generator" in inspect.signature(scheduler.step).parameters else {}
         if name == "UnCLIPScheduler":
             extra["prev_timestep"] = timesteps[number + 1] if number + 1 < len(timesteps) else None
+        if options.get("variance_type") == "learned_range":
+            output = torch.cat([output, torch.zeros_like(output)], dim=1)
+            assert torch.equal(clean_and_noise(step, output, x)[0], clean)
         if name == "IPNDMScheduler":
-            scheduler.ets = []  # without a history it is first-order
-            kept = step.next.sigma
+            scheduler.ets, kept = [], step.next.sigma  # without a history it is first-order
+            clean = clean if number else torch.zeros_like(x)  # stock divides 0 by alpha 0 here, and takes 0 for the data
         elif name in POSTERIOR:
             kept = step.now.alpha / step.next.alpha * step.next.sigma**2 / step.now.sigma
+            scheduler.lower_order_nums = 0
         else:
             kept = torch.zeros(())
-        if options.get("variance_type") == "learned_range":
-            output = torch.cat([output, output], dim=1)
-            assert torch.equal(clean_and_noise(step, output, x)[0], clean)
-        counter = vars(scheduler).get("_step_index")
-        one_draw(scheduler, monkeypatch, 0.0)
+        expected, index = step.next.alpha * clean + kept * noise, vars(scheduler).get("_step_index")
         arguments = (output, for_step(scheduler, timestep), x)
+        one_draw(scheduler, monkeypatch, 0.0)
         mean = scheduler.step(*arguments, **extra, return_dict=False)[0]
-        expected = step.next.alpha * clean + kept * noise
         assert (mean - expected).abs().max() < 3e-6 * max(expected.abs().max(), x.abs().max())
         if name in FRESH:
-            scheduler._step_index = counter
+            scheduler._step_index = index
             one_draw(scheduler, monkeypatch, 1.0)
             std = scheduler.step(*arguments, **extra, return_dict=False)[0] - mean
-            assert (std - step.next.sigma).abs().max() < 1e-5 * x.abs().max()
+            assert (std - step.next.sigma).abs().max() < 3e-6 * x.abs().max()
         x = mean
 
 
