@@ -12,6 +12,9 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
@@ -22,7 +25,10 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    GlmConfig,
+    GlmModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     LlamaTokenizer,
     Qwen2_5_VLConfig,
@@ -233,3 +239,22 @@ def llama_tokenizer() -> LlamaTokenizer:
 
 def llama(seed: int = 0) -> LlamaModel:
     return fresh(lambda: LlamaModel(LlamaConfig(**_decoder_sizes())), seed)
+
+
+def llama_causal(seed: int = 0) -> LlamaForCausalLM:
+    return fresh(lambda: LlamaForCausalLM(LlamaConfig(**_decoder_sizes(), attn_implementation="eager")), seed)
+
+
+def glm(seed: int = 0) -> GlmModel:
+    return fresh(lambda: GlmModel(GlmConfig(**_decoder_sizes(), pad_token_id=0)), seed)
+
+
+def bert_tokenizer() -> BertTokenizer:
+    """One token per letter; 0 pads."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_letters(), *(f"##{letter}" for letter in _letters())]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=77)
+
+
+def bert(seed: int = 0) -> BertModel:
+    sizes = dict(hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2)
+    return fresh(lambda: BertModel(BertConfig(vocab_size=256, **sizes)), seed)

@@ -55,7 +55,8 @@ class TinyPipeline:
 
     def row(self, row: int, seed: int, guided: bool = False) -> dict[str, object]:
         """Arguments of one call that makes one row, the way a user types it: no lists."""
-        prompt = {} if self.prompt_key is None else {self.prompt_key: self.prompts[row]}
+        text = self.prompts[row]
+        prompt = {} if self.prompt_key is None else {self.prompt_key: text if isinstance(text, str) else [text]}
         generator = torch.Generator().manual_seed(seed)
         return {**self.call, **self.switch(guided), **prompt, **self.media(row), "generator": generator}
 

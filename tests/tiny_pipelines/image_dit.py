@@ -1,0 +1,332 @@
+"""More transformers that draw pictures, chosen for other schedulers, guidance and conditioning than the parity table's."""
+
+from functools import partial
+
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
+    KandinskyV22Pipeline,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    VQModel,
+)
+
+from .image_flow import SQUARE, scale
+from .parts import (
+    WIDTH,
+    bert,
+    bert_tokenizer,
+    clip_text_projected,
+    clip_tokenizer,
+    fresh,
+    gemma2,
+    gemma_tokenizer,
+    glm,
+    image_vae,
+    llama_causal,
+    llama_tokenizer,
+    qwen_tokenizer,
+    t5,
+    t5_tokenizer,
+    umt5,
+)
+from .record import Guidance, TinyPipeline
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    """Half of its output channels are a variance that the pipeline drops."""
+    transformer = lambda: PixArtTransformer2DModel(  # noqa: E731
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=WIDTH,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=32,
+        norm_num_groups=4,
+    )
+    return PixArtSigmaPipeline(
+        transformer=fresh(transformer),
+        scheduler=DPMSolverMultistepScheduler(),
+        vae=image_vae(scaling_factor=0.5),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def aura_flow() -> AuraFlowPipeline:
+    transformer = lambda: AuraFlowTransformer2DModel(  # noqa: E731
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=WIDTH,
+        pos_embed_max_size=64,
+    )
+    return AuraFlowPipeline(
+        transformer=fresh(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=image_vae(scaling_factor=0.5),
+        text_encoder=umt5(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def lumina2() -> Lumina2Pipeline:
+    """Its time runs the other way: the velocity's sign is flipped before the step."""
+    transformer = lambda: Lumina2Transformer2DModel(  # noqa: E731
+        sample_size=8,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(512, 32, 32),
+        cap_feat_dim=WIDTH,
+    )
+    return Lumina2Pipeline(
+        transformer=fresh(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=image_vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=gemma2(),
+        tokenizer=gemma_tokenizer(),
+    )
+
+
+def hunyuan_dit() -> HunyuanDiTPipeline:
+    transformer = lambda: HunyuanDiT2DModel(  # noqa: E731
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        hidden_size=32,
+        cross_attention_dim=WIDTH,
+        cross_attention_dim_t5=WIDTH,
+        pooled_projection_dim=16,
+        text_len=77,
+        text_len_t5=256,
+    )
+    return HunyuanDiTPipeline(
+        transformer=fresh(transformer),
+        scheduler=DDPMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1),
+        vae=image_vae(scaling_factor=0.5),
+        text_encoder=bert(),
+        tokenizer=bert_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def cogview4() -> CogView4Pipeline:
+    transformer = lambda: CogView4Transformer2DModel(  # noqa: E731
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=WIDTH,
+        time_embed_dim=16,
+        condition_dim=8,
+    )
+    tokenizer = qwen_tokenizer()
+    tokenizer.padding_side = "left"  # nothing masks the padding
+    return CogView4Pipeline(
+        transformer=fresh(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.25, max_shift=0.75, base_image_seq_len=256
+        ),
+        vae=image_vae(scaling_factor=0.5),
+        text_encoder=glm(),
+        tokenizer=tokenizer,
+    )
+
+
+def chroma() -> ChromaPipeline:
+    transformer = lambda: ChromaTransformer2DModel(  # noqa: E731
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+        approximator_num_channels=16,
+    )
+    return ChromaPipeline(
+        transformer=fresh(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
+        vae=image_vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def hidream() -> HiDreamImagePipeline:
+    """A mixture of experts with four text encoders; the velocity's sign is flipped before the step."""
+    transformer = lambda: HiDreamImageTransformer2DModel(  # noqa: E731
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[WIDTH, WIDTH],
+        text_emb_dim=2 * WIDTH,
+        axes_dims_rope=(4, 6, 6),
+        max_resolution=(16, 16),
+        llama_layers=[0, 1],
+    )
+    pipeline = HiDreamImagePipeline(
+        transformer=fresh(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=image_vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=clip_text_projected(1),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text_projected(2),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(),
+        text_encoder_4=llama_causal(),
+        tokenizer_4=llama_tokenizer(),
+    )
+    pipeline.default_sample_size = 8  # every picture is rescaled to this many latents squared
+    return pipeline
+
+
+def kandinsky() -> KandinskyV22Pipeline:
+    """Conditioned on image embeddings alone; learns a variance."""
+    unet = lambda: UNet2DConditionModel(  # noqa: E731
+        in_channels=4,
+        out_channels=8,
+        sample_size=8,
+        addition_embed_type="image",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        encoder_hid_dim=WIDTH,
+        encoder_hid_dim_type="image_proj",
+        cross_attention_dim=WIDTH,
+        attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift",
+    )
+    movq = lambda: VQModel(  # noqa: E731
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+    scheduler = DDPMScheduler(clip_sample=True, clip_sample_range=2.0, variance_type="learned_range", beta_end=0.012)
+    return KandinskyV22Pipeline(unet=fresh(unet), scheduler=scheduler, movq=fresh(movq))
+
+
+def image_embedding(row: int) -> dict[str, object]:
+    draws = torch.randn(2, 1, WIDTH, generator=torch.Generator().manual_seed(row))  # (2, 1, D)
+    return {"image_embeds": draws[0], "negative_image_embeds": draws[1]}
+
+
+def class_conditional() -> DiTPipeline:
+    transformer = lambda: DiTTransformer2DModel(  # noqa: E731
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=4,
+    )
+    return DiTPipeline(
+        transformer=fresh(transformer), scheduler=DDIMScheduler(clip_sample=False), vae=image_vae(scaling_factor=0.5)
+    )
+
+
+row = partial(TinyPipeline, denoisers=("transformer",), guidance=scale(4.0))
+
+ADDITIONAL = (
+    row(
+        "PixArtSigma",
+        pixart_sigma,
+        {**SQUARE, "max_sequence_length": 48, "clean_caption": False, "use_resolution_binning": False},
+    ),
+    row("AuraFlow", aura_flow, {**SQUARE, "max_sequence_length": 48}),
+    row(
+        "Lumina2",
+        lumina2,
+        {
+            **SQUARE,
+            "height": 64,  # its size is in units of eight pixels a latent, whatever the VAE
+            "width": 64,
+            "max_sequence_length": 96,
+            "system_prompt": "draw",
+            "cfg_trunc_ratio": 0.5,
+        },
+    ),
+    row("HunyuanDiT", hunyuan_dit, {**SQUARE, "use_resolution_binning": False}),
+    row(
+        "CogView4",
+        cogview4,
+        {**SQUARE, "max_sequence_length": 48},
+        guidance=Guidance({"guidance_scale": 4.0, "negative_prompt": "blurry"}, {"guidance_scale": 1.0}),
+    ),
+    row("Chroma", chroma, {**SQUARE, "max_sequence_length": 48}),
+    row("HiDream", hidream, {**SQUARE, "max_sequence_length": 48}),
+    row(
+        "KandinskyV22",
+        kandinsky,
+        SQUARE,
+        denoisers=("unet",),
+        prompt_key=None,
+        media=image_embedding,
+    ),
+    row(
+        "DiT",
+        class_conditional,
+        {"num_inference_steps": 4, "output_type": "np"},
+        prompts=(0, 7, 400),
+        prompt_key="class_labels",
+    ),
+)
