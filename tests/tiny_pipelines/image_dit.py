@@ -20,11 +20,14 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
+    KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    PriorTransformer,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     VQModel,
 )
@@ -34,8 +37,10 @@ from .parts import (
     WIDTH,
     bert,
     bert_tokenizer,
+    clip_pictures,
     clip_text_projected,
     clip_tokenizer,
+    clip_vision,
     fresh,
     gemma2,
     gemma_tokenizer,
@@ -229,7 +234,7 @@ def hidream() -> HiDreamImagePipeline:
     return pipeline
 
 
-def kandinsky() -> KandinskyV22Pipeline:
+def kandinsky_parts() -> dict[str, object]:
     """Conditioned on image embeddings alone; learns a variance."""
     unet = lambda: UNet2DConditionModel(  # noqa: E731
         in_channels=4,
@@ -259,7 +264,23 @@ def kandinsky() -> KandinskyV22Pipeline:
         vq_embed_dim=4,
     )
     scheduler = DDPMScheduler(clip_sample=True, clip_sample_range=2.0, variance_type="learned_range", beta_end=0.012)
-    return KandinskyV22Pipeline(unet=fresh(unet), scheduler=scheduler, movq=fresh(movq))
+    return dict(unet=fresh(unet), scheduler=scheduler, movq=fresh(movq))
+
+
+def kandinsky_combined() -> KandinskyV22CombinedPipeline:
+    """One pipeline that calls two: a prior draws an image embedding, a decoder draws the image."""
+    prior = lambda: PriorTransformer(  # noqa: E731
+        num_attention_heads=2, attention_head_dim=16, embedding_dim=WIDTH, num_layers=1
+    )
+    return KandinskyV22CombinedPipeline(
+        **kandinsky_parts(),
+        prior_prior=fresh(prior),
+        prior_image_encoder=clip_vision(size=224),
+        prior_text_encoder=clip_text_projected(),
+        prior_tokenizer=clip_tokenizer(),
+        prior_scheduler=UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample"),
+        prior_image_processor=clip_pictures(),
+    )
 
 
 def image_embedding(row: int) -> dict[str, object]:
@@ -316,11 +337,20 @@ ADDITIONAL = (
     row("HiDream", hidream, {**SQUARE, "max_sequence_length": 48}),
     row(
         "KandinskyV22",
-        kandinsky,
+        lambda: KandinskyV22Pipeline(**kandinsky_parts()),
         SQUARE,
         denoisers=("unet",),
         prompt_key=None,
         media=image_embedding,
+    ),
+    row(
+        "KandinskyV22Combined",
+        kandinsky_combined,
+        {**SQUARE, "prior_num_inference_steps": 4},
+        denoisers=("prior_prior", "unet"),
+        guidance=Guidance(
+            {"guidance_scale": 4.0, "prior_guidance_scale": 4.0}, {"guidance_scale": 1.0, "prior_guidance_scale": 1.0}
+        ),
     ),
     row(
         "DiT",

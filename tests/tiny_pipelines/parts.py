@@ -125,15 +125,15 @@ def clip_text_projected(seed: int = 0) -> CLIPTextModelWithProjection:
     return fresh(lambda: CLIPTextModelWithProjection(_clip_config()), seed)
 
 
-def clip_vision(seed: int = 0) -> CLIPVisionModelWithProjection:
+def clip_vision(seed: int = 0, size: int = 32) -> CLIPVisionModelWithProjection:
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=WIDTH,
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
+        image_size=size,
+        patch_size=size // 2,
     )
     return fresh(lambda: CLIPVisionModelWithProjection(config), seed)
 

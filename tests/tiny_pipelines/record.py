@@ -1,7 +1,7 @@
 """One tiny random pipeline: how to build it, how to call it quickly, and what is known about it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor
 
 PROMPTS = ("three blue squares", "a red circle on sand", "rain over a green hill")
 """Of different lengths, so that padding and masks are exercised."""
+
+
+OUTPUT = {"image": "images", "video": "frames", "audio": "audios"}
+"""Where a pipeline's output holds its media."""
 
 
 class Guidance(NamedTuple):
@@ -24,7 +28,7 @@ def no_media(row: int) -> dict[str, object]:
     return {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TinyPipeline:
     """One row of the table."""
 
@@ -40,7 +44,7 @@ class TinyPipeline:
     counted: bool = False  # the number of rows is the argument batch_size
     batched: bool = True  # a list of prompts with one generator per row works
     required: bool = False  # named in the parity table
-    frozen: tuple[str, ...] = field(default=())  # parameters of the denoisers that no output depends on, as name parts
+    unused: tuple[str, ...] = ()  # parts of names of denoiser parameters that no decision depends on
 
     def rows(self, rows: Sequence[int], seeds: Sequence[int], guided: bool = False) -> dict[str, object]:
         """Arguments of one call that makes the given rows, each with the generator of its seed."""
@@ -69,7 +73,7 @@ class TinyPipeline:
     def run(self, pipeline: DiffusionPipeline, arguments: Mapping[str, object]) -> Tensor:
         """The first output of one call (images, frames or audio), leading with the batch."""
         with torch.no_grad():
-            return torch.as_tensor(pipeline(**arguments, return_dict=False)[0])
+            return torch.as_tensor(pipeline(**arguments)[OUTPUT[self.kind]])
 
 
 def _collate(values: list[object]) -> object:
