@@ -65,7 +65,10 @@ def leaves(value: object) -> list[Tensor]:
 def denoiser_calls(tiny: TinyPipeline, pipeline: DiffusionPipeline) -> list[tuple[nn.Module, tuple, dict]]:
     """Every call of every denoiser during one guided run."""
     calls: list[tuple[nn.Module, tuple, dict]] = []
-    record = lambda module, positional, named: calls.append((module, positional, named))  # noqa: E731
+
+    def record(module: nn.Module, positional: tuple, named: dict) -> None:
+        calls.append((module, positional, named))
+
     modules = [pipeline.components[name] for name in tiny.denoisers]
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     tiny.run(pipeline, tiny.row(0, seed=0, guided=True))

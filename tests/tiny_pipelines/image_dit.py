@@ -58,7 +58,8 @@ from .record import Guidance, TinyPipeline
 
 def pixart_sigma() -> PixArtSigmaPipeline:
     """Half of its output channels are a variance that the pipeline drops."""
-    transformer = lambda: PixArtTransformer2DModel(  # noqa: E731
+    transformer = fresh(
+        PixArtTransformer2DModel,
         sample_size=8,
         num_layers=2,
         attention_head_dim=8,
@@ -70,7 +71,7 @@ def pixart_sigma() -> PixArtSigmaPipeline:
         norm_num_groups=4,
     )
     return PixArtSigmaPipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(),
         vae=image_vae(scaling_factor=0.5),
         text_encoder=t5(),
@@ -79,7 +80,8 @@ def pixart_sigma() -> PixArtSigmaPipeline:
 
 
 def aura_flow() -> AuraFlowPipeline:
-    transformer = lambda: AuraFlowTransformer2DModel(  # noqa: E731
+    transformer = fresh(
+        AuraFlowTransformer2DModel,
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -93,7 +95,7 @@ def aura_flow() -> AuraFlowPipeline:
         pos_embed_max_size=64,
     )
     return AuraFlowPipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         vae=image_vae(scaling_factor=0.5),
         text_encoder=umt5(),
@@ -103,7 +105,8 @@ def aura_flow() -> AuraFlowPipeline:
 
 def lumina2() -> Lumina2Pipeline:
     """Its time runs the other way: the velocity's sign is flipped before the step."""
-    transformer = lambda: Lumina2Transformer2DModel(  # noqa: E731
+    transformer = fresh(
+        Lumina2Transformer2DModel,
         sample_size=8,
         in_channels=4,
         hidden_size=32,
@@ -117,7 +120,7 @@ def lumina2() -> Lumina2Pipeline:
         cap_feat_dim=WIDTH,
     )
     return Lumina2Pipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=image_vae(shift_factor=0.1, scaling_factor=0.4),
         text_encoder=gemma2(),
@@ -126,7 +129,8 @@ def lumina2() -> Lumina2Pipeline:
 
 
 def hunyuan_dit() -> HunyuanDiTPipeline:
-    transformer = lambda: HunyuanDiT2DModel(  # noqa: E731
+    transformer = fresh(
+        HunyuanDiT2DModel,
         sample_size=8,
         num_layers=2,
         patch_size=2,
@@ -141,7 +145,7 @@ def hunyuan_dit() -> HunyuanDiTPipeline:
         text_len_t5=256,
     )
     return HunyuanDiTPipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=DDPMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1),
         vae=image_vae(scaling_factor=0.5),
         text_encoder=bert(),
@@ -155,7 +159,8 @@ def hunyuan_dit() -> HunyuanDiTPipeline:
 
 
 def cogview4() -> CogView4Pipeline:
-    transformer = lambda: CogView4Transformer2DModel(  # noqa: E731
+    transformer = fresh(
+        CogView4Transformer2DModel,
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -169,7 +174,7 @@ def cogview4() -> CogView4Pipeline:
     tokenizer = qwen_tokenizer()
     tokenizer.padding_side = "left"  # nothing masks the padding
     return CogView4Pipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.25, max_shift=0.75, base_image_seq_len=256
         ),
@@ -180,7 +185,8 @@ def cogview4() -> CogView4Pipeline:
 
 
 def chroma() -> ChromaPipeline:
-    transformer = lambda: ChromaTransformer2DModel(  # noqa: E731
+    transformer = fresh(
+        ChromaTransformer2DModel,
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
@@ -193,7 +199,7 @@ def chroma() -> ChromaPipeline:
         approximator_num_channels=16,
     )
     return ChromaPipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
         vae=image_vae(shift_factor=0.1, scaling_factor=0.4),
         text_encoder=t5(),
@@ -203,7 +209,8 @@ def chroma() -> ChromaPipeline:
 
 def hidream() -> HiDreamImagePipeline:
     """A mixture of experts with four text encoders; the velocity's sign is flipped before the step."""
-    transformer = lambda: HiDreamImageTransformer2DModel(  # noqa: E731
+    transformer = fresh(
+        HiDreamImageTransformer2DModel,
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -218,7 +225,7 @@ def hidream() -> HiDreamImagePipeline:
         llama_layers=[0, 1],
     )
     pipeline = HiDreamImagePipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(shift_factor=0.1, scaling_factor=0.4),
         text_encoder=clip_text_projected(1),
@@ -236,7 +243,8 @@ def hidream() -> HiDreamImagePipeline:
 
 def kandinsky_parts() -> dict[str, object]:
     """Conditioned on image embeddings alone; learns a variance."""
-    unet = lambda: UNet2DConditionModel(  # noqa: E731
+    unet = fresh(
+        UNet2DConditionModel,
         in_channels=4,
         out_channels=8,
         sample_size=8,
@@ -253,7 +261,8 @@ def kandinsky_parts() -> dict[str, object]:
         attention_head_dim=8,
         resnet_time_scale_shift="scale_shift",
     )
-    movq = lambda: VQModel(  # noqa: E731
+    movq = fresh(
+        VQModel,
         block_out_channels=(32, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -264,17 +273,15 @@ def kandinsky_parts() -> dict[str, object]:
         vq_embed_dim=4,
     )
     scheduler = DDPMScheduler(clip_sample=True, clip_sample_range=2.0, variance_type="learned_range", beta_end=0.012)
-    return dict(unet=fresh(unet), scheduler=scheduler, movq=fresh(movq))
+    return {"unet": unet, "scheduler": scheduler, "movq": movq}
 
 
 def kandinsky_combined() -> KandinskyV22CombinedPipeline:
     """One pipeline that calls two: a prior draws an image embedding, a decoder draws the image."""
-    prior = lambda: PriorTransformer(  # noqa: E731
-        num_attention_heads=2, attention_head_dim=16, embedding_dim=WIDTH, num_layers=1
-    )
+    prior = fresh(PriorTransformer, num_attention_heads=2, attention_head_dim=16, embedding_dim=WIDTH, num_layers=1)
     return KandinskyV22CombinedPipeline(
         **kandinsky_parts(),
-        prior_prior=fresh(prior),
+        prior_prior=prior,
         prior_image_encoder=clip_vision(size=224),
         prior_text_encoder=clip_text_projected(),
         prior_tokenizer=clip_tokenizer(),
@@ -289,7 +296,8 @@ def image_embedding(row: int) -> dict[str, object]:
 
 
 def class_conditional() -> DiTPipeline:
-    transformer = lambda: DiTTransformer2DModel(  # noqa: E731
+    transformer = fresh(
+        DiTTransformer2DModel,
         sample_size=8,
         num_layers=2,
         patch_size=2,
@@ -301,7 +309,7 @@ def class_conditional() -> DiTPipeline:
         norm_num_groups=4,
     )
     return DiTPipeline(
-        transformer=fresh(transformer), scheduler=DDIMScheduler(clip_sample=False), vae=image_vae(scaling_factor=0.5)
+        transformer=transformer, scheduler=DDIMScheduler(clip_sample=False), vae=image_vae(scaling_factor=0.5)
     )
 
 
@@ -334,7 +342,13 @@ ADDITIONAL = (
         guidance=Guidance({"guidance_scale": 4.0, "negative_prompt": "blurry"}, {"guidance_scale": 1.0}),
     ),
     row("Chroma", chroma, {**SQUARE, "max_sequence_length": 48}),
-    row("HiDream", hidream, {**SQUARE, "max_sequence_length": 48}),
+    row(
+        "HiDream",
+        hidream,
+        {**SQUARE, "max_sequence_length": 48},
+        unused=("ff_i.experts", "ff_i.gate"),  # in eval mode the experts run under no_grad
+        differentiable=False,
+    ),
     row(
         "KandinskyV22",
         lambda: KandinskyV22Pipeline(**kandinsky_parts()),
@@ -348,6 +362,7 @@ ADDITIONAL = (
         kandinsky_combined,
         {**SQUARE, "prior_num_inference_steps": 4},
         denoisers=("prior_prior", "unet"),
+        unused=("clip_mean", "clip_std"),  # they scale the embedding after the prior's loop
         guidance=Guidance(
             {"guidance_scale": 4.0, "prior_guidance_scale": 4.0}, {"guidance_scale": 1.0, "prior_guidance_scale": 1.0}
         ),

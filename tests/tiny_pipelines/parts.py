@@ -74,11 +74,11 @@ def randomised(module: Module, seed: int = 0) -> Module:
     return module.eval()
 
 
-def fresh(make: Callable[[], Module], seed: int = 0) -> Module:
+def fresh(model: Callable[..., Module], *arguments: object, seed: int = 0, **config: object) -> Module:
     """A randomised module whose construction neither reads nor moves the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return randomised(make(), seed)
+        return randomised(model(*arguments, **config), seed)
 
 
 def picture(row: int, size: int = 32) -> Image.Image:
@@ -94,7 +94,9 @@ def _letters() -> list[str]:
 
 def _bytes_vocabulary(*special: str, suffix: str = "") -> dict[str, int]:
     letters = sorted(ByteLevel.alphabet())
-    return {piece: i for i, piece in enumerate([*special, *letters, *([x + suffix for x in letters] if suffix else [])])}
+    return {
+        piece: i for i, piece in enumerate([*special, *letters, *([x + suffix for x in letters] if suffix else [])])
+    }
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -118,11 +120,11 @@ def _clip_config() -> CLIPTextConfig:
 
 
 def clip_text(seed: int = 0) -> CLIPTextModel:
-    return fresh(lambda: CLIPTextModel(_clip_config()), seed)
+    return fresh(CLIPTextModel, _clip_config(), seed=seed)
 
 
 def clip_text_projected(seed: int = 0) -> CLIPTextModelWithProjection:
-    return fresh(lambda: CLIPTextModelWithProjection(_clip_config()), seed)
+    return fresh(CLIPTextModelWithProjection, _clip_config(), seed=seed)
 
 
 def clip_vision(seed: int = 0, size: int = 32) -> CLIPVisionModelWithProjection:
@@ -135,7 +137,7 @@ def clip_vision(seed: int = 0, size: int = 32) -> CLIPVisionModelWithProjection:
         image_size=size,
         patch_size=size // 2,
     )
-    return fresh(lambda: CLIPVisionModelWithProjection(config), seed)
+    return fresh(CLIPVisionModelWithProjection, config, seed=seed)
 
 
 def clip_pictures() -> CLIPImageProcessor:
@@ -149,15 +151,15 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 
 def _t5_sizes() -> dict[str, int]:
-    return dict(vocab_size=128, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=2, num_heads=4)
+    return {"vocab_size": 128, "d_model": WIDTH, "d_kv": 8, "d_ff": WIDTH, "num_layers": 2, "num_heads": 4}
 
 
 def t5(seed: int = 0) -> T5EncoderModel:
-    return fresh(lambda: T5EncoderModel(T5Config(**_t5_sizes())), seed)
+    return fresh(T5EncoderModel, T5Config(**_t5_sizes()), seed=seed)
 
 
 def umt5(seed: int = 0) -> UMT5EncoderModel:
-    return fresh(lambda: UMT5EncoderModel(UMT5Config(**_t5_sizes())), seed)
+    return fresh(UMT5EncoderModel, UMT5Config(**_t5_sizes()), seed=seed)
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
@@ -170,25 +172,25 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def _decoder_sizes() -> dict[str, int]:
-    return dict(
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=512,
-        head_dim=16,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    return {
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "head_dim": 16,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def qwen3(seed: int = 0) -> Qwen3Model:
-    return fresh(lambda: Qwen3Model(Qwen3Config(**_decoder_sizes())), seed)
+    return fresh(Qwen3Model, Qwen3Config(**_decoder_sizes()), seed=seed)
 
 
 def qwen3_causal(seed: int = 0) -> Qwen3ForCausalLM:
-    return fresh(lambda: Qwen3ForCausalLM(Qwen3Config(**_decoder_sizes())), seed)
+    return fresh(Qwen3ForCausalLM, Qwen3Config(**_decoder_sizes()), seed=seed)
 
 
 def qwen_vision_language(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
@@ -196,15 +198,20 @@ def qwen_vision_language(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(
         text_config={**_decoder_sizes(), "rope_parameters": rope},
-        vision_config=dict(
-            depth=2, hidden_size=WIDTH, intermediate_size=WIDTH, num_heads=2, out_hidden_size=WIDTH, patch_size=14
-        ),
+        vision_config={
+            "depth": 2,
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+            "patch_size": 14,
+        },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=qwen_tokenizer().convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=qwen_tokenizer().convert_tokens_to_ids("<|vision_end|>"),
     )
-    return fresh(lambda: Qwen2_5_VLForConditionalGeneration(config), seed)
+    return fresh(Qwen2_5_VLForConditionalGeneration, config, seed=seed)
 
 
 def qwen_processor() -> Qwen2VLProcessor:
@@ -221,14 +228,14 @@ def gemma_tokenizer() -> GemmaTokenizer:
 
 
 def gemma2(seed: int = 0) -> Gemma2Model:
-    return fresh(lambda: Gemma2Model(Gemma2Config(**_decoder_sizes())), seed)
+    return fresh(Gemma2Model, Gemma2Config(**_decoder_sizes()), seed=seed)
 
 
 def image_vae(channels: int = 4, seed: int = 0, **options: object) -> AutoencoderKL:
     """Halves the picture once; latents have the given number of channels."""
-    sizes = dict(block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, latent_channels=channels)
-    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    return fresh(lambda: AutoencoderKL(**sizes, **blocks, **options), seed)
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "sample_size": 32, "latent_channels": channels}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return fresh(AutoencoderKL, **sizes, **blocks, **options, seed=seed)
 
 
 def llama_tokenizer() -> LlamaTokenizer:
@@ -238,15 +245,15 @@ def llama_tokenizer() -> LlamaTokenizer:
 
 
 def llama(seed: int = 0) -> LlamaModel:
-    return fresh(lambda: LlamaModel(LlamaConfig(**_decoder_sizes())), seed)
+    return fresh(LlamaModel, LlamaConfig(**_decoder_sizes()), seed=seed)
 
 
 def llama_causal(seed: int = 0) -> LlamaForCausalLM:
-    return fresh(lambda: LlamaForCausalLM(LlamaConfig(**_decoder_sizes(), attn_implementation="eager")), seed)
+    return fresh(LlamaForCausalLM, LlamaConfig(**_decoder_sizes(), attn_implementation="eager"), seed=seed)
 
 
 def glm(seed: int = 0) -> GlmModel:
-    return fresh(lambda: GlmModel(GlmConfig(**_decoder_sizes(), pad_token_id=0)), seed)
+    return fresh(GlmModel, GlmConfig(**_decoder_sizes(), pad_token_id=0), seed=seed)
 
 
 def bert_tokenizer() -> BertTokenizer:
@@ -256,5 +263,5 @@ def bert_tokenizer() -> BertTokenizer:
 
 
 def bert(seed: int = 0) -> BertModel:
-    sizes = dict(hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2)
-    return fresh(lambda: BertModel(BertConfig(vocab_size=256, **sizes)), seed)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return fresh(BertModel, BertConfig(vocab_size=256, **sizes), seed=seed)

@@ -44,7 +44,8 @@ class TinyPipeline:
     counted: bool = False  # the number of rows is the argument batch_size
     batched: bool = True  # a list of prompts with one generator per row works
     required: bool = False  # named in the parity table
-    unused: tuple[str, ...] = ()  # parts of names of denoiser parameters that no decision depends on
+    unused: tuple[str, ...] = ()  # parts of names of denoiser parameters that no output of the denoiser depends on
+    differentiable: bool = True  # False: the denoiser computes a part of its output without gradient in eval mode
 
     def rows(self, rows: Sequence[int], seeds: Sequence[int], guided: bool = False) -> dict[str, object]:
         """Arguments of one call that makes the given rows, each with the generator of its seed."""

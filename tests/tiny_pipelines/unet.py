@@ -29,9 +29,9 @@ from PIL import Image
 from .parts import WIDTH, clip_text, clip_text_projected, clip_tokenizer, fresh, image_vae, picture
 from .record import Guidance, TinyPipeline
 
-SQUARE = dict(num_inference_steps=4, height=16, width=16, output_type="pt")
-NO_SIZE = dict(num_inference_steps=4, output_type="pt")
-VP = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SQUARE = {"num_inference_steps": 4, "height": 16, "width": 16, "output_type": "pt"}
+NO_SIZE = {"num_inference_steps": 4, "output_type": "pt"}
+VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def ddim(**options: object) -> DDIMScheduler:
@@ -39,73 +39,72 @@ def ddim(**options: object) -> DDIMScheduler:
 
 
 def _unet_sizes(**options: object) -> dict[str, object]:
-    sizes = dict(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=WIDTH,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    )
+    sizes = {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": WIDTH,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    }
     return {**sizes, **options}
 
 
 def unet(**options: object) -> UNet2DConditionModel:
-    up = dict(up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), sample_size=8)
-    return fresh(lambda: UNet2DConditionModel(**_unet_sizes(**up, **options)))
+    up = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "sample_size": 8}
+    return fresh(UNet2DConditionModel, **_unet_sizes(**up, **options))
 
 
 def sd_parts(**options: object) -> dict[str, object]:
-    return dict(
-        unet=unet(**options),
-        scheduler=ddim(),
-        vae=image_vae(scaling_factor=0.5),
-        text_encoder=clip_text(),
-        tokenizer=clip_tokenizer(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return {
+        "unet": unet(**options),
+        "scheduler": ddim(),
+        "vae": image_vae(scaling_factor=0.5),
+        "text_encoder": clip_text(),
+        "tokenizer": clip_tokenizer(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
 
 
 def sdxl_parts(scheduler: object) -> dict[str, object]:
     time_ids = 6 * 8 + WIDTH
-    return dict(
-        unet=unet(
+    return {
+        "unet": unet(
             cross_attention_dim=2 * WIDTH,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=time_ids,
             use_linear_projection=True,
         ),
-        scheduler=scheduler,
-        vae=image_vae(scaling_factor=0.5, force_upcast=False),
-        text_encoder=clip_text(),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_text_projected(2),
-        tokenizer_2=clip_tokenizer(),
-    )
+        "scheduler": scheduler,
+        "vae": image_vae(scaling_factor=0.5, force_upcast=False),
+        "text_encoder": clip_text(),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": clip_text_projected(2),
+        "tokenizer_2": clip_tokenizer(),
+    }
 
 
 def controlnet() -> ControlNetModel:
-    return fresh(lambda: ControlNetModel(**_unet_sizes(conditioning_embedding_out_channels=(8, 16))), 3)
+    return fresh(ControlNetModel, **_unet_sizes(conditioning_embedding_out_channels=(8, 16)), seed=3)
 
 
 def pixel_unet(**options: object) -> UNet2DModel:
     """A U-Net on 3 x 8 x 8 pixels without a text input."""
     return fresh(
-        lambda: UNet2DModel(
-            sample_size=8,
-            in_channels=3,
-            out_channels=3,
-            layers_per_block=1,
-            norm_num_groups=4,
-            block_out_channels=(16, 32),
-            attention_head_dim=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            **options,
-        )
+        UNet2DModel,
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        block_out_channels=(16, 32),
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **options,
     )
 
 

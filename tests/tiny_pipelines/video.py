@@ -43,18 +43,26 @@ from .parts import (
 )
 from .record import Guidance, TinyPipeline
 
-CLIP = dict(num_inference_steps=4, height=16, width=16, num_frames=5, output_type="pt", max_sequence_length=32)
+CLIP = {
+    "num_inference_steps": 4,
+    "height": 16,
+    "width": 16,
+    "num_frames": 5,
+    "output_type": "pt",
+    "max_sequence_length": 32,
+}
 """A quick call: 4 steps, 5 frames of 16 x 16 pixels."""
 
 
 def wan_transformer(seed: int = 0, **options: object) -> WanTransformer3DModel:
-    sizes = dict(in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=16, ffn_dim=32, num_layers=2)
-    heads = dict(num_attention_heads=2, attention_head_dim=12, rope_max_seq_len=32)
-    return fresh(lambda: WanTransformer3DModel(patch_size=(1, 2, 2), **{**sizes, **heads, **options}), seed)
+    sizes = {"in_channels": 4, "out_channels": 4, "text_dim": WIDTH, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "rope_max_seq_len": 32}
+    return fresh(WanTransformer3DModel, patch_size=(1, 2, 2), **{**sizes, **heads, **options}, seed=seed)
 
 
 def wan_vae() -> AutoencoderKLWan:
-    vae = lambda: AutoencoderKLWan(  # noqa: E731
+    vae = fresh(
+        AutoencoderKLWan,
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1],
@@ -65,18 +73,18 @@ def wan_vae() -> AutoencoderKLWan:
         scale_factor_temporal=4,
         scale_factor_spatial=4,
     )
-    return fresh(vae)
+    return vae
 
 
 def wan_parts(scheduler: object | None = None) -> dict[str, object]:
     flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return dict(
-        transformer=wan_transformer(),
-        scheduler=scheduler or flow,
-        vae=wan_vae(),
-        text_encoder=umt5(),
-        tokenizer=t5_tokenizer(),
-    )
+    return {
+        "transformer": wan_transformer(),
+        "scheduler": scheduler or flow,
+        "vae": wan_vae(),
+        "text_encoder": umt5(),
+        "tokenizer": t5_tokenizer(),
+    }
 
 
 def wan_two_experts() -> WanPipeline:
@@ -92,7 +100,8 @@ def wan_image_to_video() -> WanImageToVideoPipeline:
 
 
 def ltx_parts() -> dict[str, object]:
-    transformer = lambda: LTXVideoTransformer3DModel(  # noqa: E731
+    transformer = fresh(
+        LTXVideoTransformer3DModel,
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -101,7 +110,8 @@ def ltx_parts() -> dict[str, object]:
         num_layers=2,
         caption_channels=WIDTH,
     )
-    vae = lambda: AutoencoderKLLTXVideo(  # noqa: E731
+    vae = fresh(
+        AutoencoderKLLTXVideo,
         latent_channels=4,
         block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
@@ -115,17 +125,18 @@ def ltx_parts() -> dict[str, object]:
         patch_size=1,
         patch_size_t=1,
     )
-    return dict(
-        transformer=fresh(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, max_shift=2.05),
-        vae=fresh(vae),
-        text_encoder=t5(),
-        tokenizer=t5_tokenizer(),
-    )
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, max_shift=2.05),
+        "vae": vae,
+        "text_encoder": t5(),
+        "tokenizer": t5_tokenizer(),
+    }
 
 
 def cogvideox() -> CogVideoXPipeline:
-    transformer = lambda: CogVideoXTransformer3DModel(  # noqa: E731
+    transformer = fresh(
+        CogVideoXTransformer3DModel,
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
@@ -139,7 +150,8 @@ def cogvideox() -> CogVideoXPipeline:
         max_text_seq_length=32,
         use_rotary_positional_embeddings=True,
     )
-    vae = lambda: AutoencoderKLCogVideoX(  # noqa: E731
+    vae = fresh(
+        AutoencoderKLCogVideoX,
         down_block_types=("CogVideoXDownBlock3D",) * 3,
         up_block_types=("CogVideoXUpBlock3D",) * 3,
         block_out_channels=(8, 8, 8),
@@ -148,18 +160,22 @@ def cogvideox() -> CogVideoXPipeline:
         norm_num_groups=2,
     )
     return CogVideoXPipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=CogVideoXDDIMScheduler(
-            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            snr_shift_scale=1.0,
         ),
-        vae=fresh(vae),
+        vae=vae,
         text_encoder=t5(),
         tokenizer=t5_tokenizer(),
     )
 
 
 def hunyuan_video() -> HunyuanVideoPipeline:
-    transformer = lambda: HunyuanVideoTransformer3DModel(  # noqa: E731
+    transformer = fresh(
+        HunyuanVideoTransformer3DModel,
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -172,7 +188,8 @@ def hunyuan_video() -> HunyuanVideoPipeline:
         pooled_projection_dim=WIDTH,
         rope_axes_dim=(4, 6, 6),
     )
-    vae = lambda: AutoencoderKLHunyuanVideo(  # noqa: E731
+    vae = fresh(
+        AutoencoderKLHunyuanVideo,
         latent_channels=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4,
         up_block_types=("HunyuanVideoUpBlock3D",) * 4,
@@ -181,9 +198,9 @@ def hunyuan_video() -> HunyuanVideoPipeline:
         norm_num_groups=4,
     )
     return HunyuanVideoPipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        vae=fresh(vae),
+        vae=vae,
         text_encoder=llama(),
         tokenizer=llama_tokenizer(),
         text_encoder_2=clip_text(),
@@ -192,7 +209,8 @@ def hunyuan_video() -> HunyuanVideoPipeline:
 
 
 def mochi() -> MochiPipeline:
-    transformer = lambda: MochiTransformer3DModel(  # noqa: E731
+    transformer = fresh(
+        MochiTransformer3DModel,
         num_attention_heads=2,
         attention_head_dim=16,
         num_layers=2,
@@ -202,16 +220,17 @@ def mochi() -> MochiPipeline:
         time_embed_dim=16,
         max_sequence_length=32,
     )
-    vae = lambda: AutoencoderKLMochi(  # noqa: E731
+    vae = fresh(
+        AutoencoderKLMochi,
         latent_channels=12,
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1),
     )
     return MochiPipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
-        vae=fresh(vae),
+        vae=vae,
         text_encoder=t5(),
         tokenizer=t5_tokenizer(),
         force_zeros_for_empty_prompt=True,
@@ -251,5 +270,10 @@ ADDITIONAL = (
         {**CLIP, "prompt_template": {"template": "{}", "crop_start": 0}},
         guidance=Guidance({"true_cfg_scale": 4.0, "negative_prompt": "blurry"}, {"true_cfg_scale": 1.0}),
     ),
-    row("Mochi", mochi, CLIP | {"num_frames": 7}),
+    row(
+        "Mochi",
+        mochi,
+        CLIP | {"num_frames": 7},
+        unused=("transformer_blocks.1.attn1.norm_added_q", "transformer_blocks.1.attn1.add_q_proj"),
+    ),
 )

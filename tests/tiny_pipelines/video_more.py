@@ -11,8 +11,8 @@ from diffusers import (
     SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Transformer3DModel,
     StableVideoDiffusionPipeline,
-    UniPCMultistepScheduler,
     UNetSpatioTemporalConditionModel,
+    UniPCMultistepScheduler,
 )
 from diffusers.models import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
@@ -24,45 +24,55 @@ from .video import CLIP, scale, wan_vae
 LAYERS = 3
 """Hidden states of the tiny text encoder: the embeddings and two layers."""
 
-OTHER_GUIDANCE_OFF = dict(
-    stg_scale=0.0,
-    modality_scale=1.0,
-    audio_guidance_scale=1.0,
-    audio_stg_scale=0.0,
-    audio_modality_scale=1.0,
-    guidance_rescale=0.0,
-    audio_guidance_rescale=0.0,
-    spatio_temporal_guidance_blocks=None,
-)
+OTHER_GUIDANCE_OFF = {
+    "stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_guidance_scale": 1.0,
+    "audio_stg_scale": 0.0,
+    "audio_modality_scale": 1.0,
+    "guidance_rescale": 0.0,
+    "audio_guidance_rescale": 0.0,
+    "spatio_temporal_guidance_blocks": None,
+}
 
 
 def ltx2_transformer() -> LTX2VideoTransformer3DModel:
-    video = dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32)
-    audio = dict(
-        audio_in_channels=8,
-        audio_out_channels=8,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=8,
-        audio_cross_attention_dim=16,
-    )
-    options = dict(num_layers=2, caption_channels=WIDTH, rope_double_precision=False, rope_type="split")
-    return fresh(lambda: LTX2VideoTransformer3DModel(**video, **audio, **options))
+    video = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "cross_attention_dim": 32,
+    }
+    audio = {
+        "audio_in_channels": 8,
+        "audio_out_channels": 8,
+        "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 8,
+        "audio_cross_attention_dim": 16,
+    }
+    options = {"num_layers": 2, "caption_channels": WIDTH, "rope_double_precision": False, "rope_type": "split"}
+    return fresh(LTX2VideoTransformer3DModel, **video, **audio, **options)
 
 
 def ltx2_connectors() -> LTX2TextConnectors:
-    sizes = dict(num_attention_heads=2, attention_head_dim=16, num_layers=1, num_learnable_registers=None)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_learnable_registers": None}
     sides = {f"{side}_connector_{name}": size for side in ("video", "audio") for name, size in sizes.items()}
-    options = dict(rope_double_precision=False, causal_temporal_positioning=False, rope_type="split")
+    options = {"rope_double_precision": False, "causal_temporal_positioning": False, "rope_type": "split"}
     return fresh(
-        lambda: LTX2TextConnectors(
-            caption_channels=WIDTH, text_proj_in_factor=LAYERS, connector_rope_base_seq_len=32, **sides, **options
-        )
+        LTX2TextConnectors,
+        caption_channels=WIDTH,
+        text_proj_in_factor=LAYERS,
+        connector_rope_base_seq_len=32,
+        **sides,
+        **options,
     )
 
 
 def ltx2() -> LTX2Pipeline:
     """Video and audio are denoised together, the audio by a copy of the scheduler."""
-    vae = lambda: AutoencoderKLLTX2Video(  # noqa: E731
+    vae = fresh(
+        AutoencoderKLLTX2Video,
         latent_channels=4,
         block_out_channels=(8,),
         decoder_block_out_channels=(8,),
@@ -77,7 +87,8 @@ def ltx2() -> LTX2Pipeline:
         patch_size=1,
         patch_size_t=1,
     )
-    audio_vae = lambda: AutoencoderKLLTX2Audio(  # noqa: E731
+    audio_vae = fresh(
+        AutoencoderKLLTX2Audio,
         base_channels=8,
         ch_mult=(1, 1, 1),
         num_res_blocks=1,
@@ -87,7 +98,8 @@ def ltx2() -> LTX2Pipeline:
         mid_block_add_attention=False,
         mel_bins=8,
     )
-    vocoder = lambda: LTX2Vocoder(  # noqa: E731
+    vocoder = fresh(
+        LTX2Vocoder,
         in_channels=2 * 8,
         hidden_channels=8,
         upsample_kernel_sizes=[4, 4],
@@ -99,9 +111,9 @@ def ltx2() -> LTX2Pipeline:
     return LTX2Pipeline(
         transformer=ltx2_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, max_shift=2.05),
-        vae=fresh(vae),
-        audio_vae=fresh(audio_vae),
-        vocoder=fresh(vocoder),
+        vae=vae,
+        audio_vae=audio_vae,
+        vocoder=vocoder,
         connectors=ltx2_connectors(),
         text_encoder=gemma2(),
         tokenizer=gemma_tokenizer(),
@@ -110,7 +122,8 @@ def ltx2() -> LTX2Pipeline:
 
 def skyreels_diffusion_forcing() -> SkyReelsV2DiffusionForcingPipeline:
     """Every frame has a noise level of its own, and a copy of the scheduler."""
-    transformer = lambda: SkyReelsV2Transformer3DModel(  # noqa: E731
+    transformer = fresh(
+        SkyReelsV2Transformer3DModel,
         num_attention_heads=2,
         attention_head_dim=12,
         in_channels=4,
@@ -122,7 +135,7 @@ def skyreels_diffusion_forcing() -> SkyReelsV2DiffusionForcingPipeline:
         rope_max_seq_len=32,
     )
     return SkyReelsV2DiffusionForcingPipeline(
-        transformer=fresh(transformer),
+        transformer=transformer,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0),
         vae=wan_vae(),
         text_encoder=umt5(),
@@ -132,7 +145,8 @@ def skyreels_diffusion_forcing() -> SkyReelsV2DiffusionForcingPipeline:
 
 def stable_video_diffusion() -> StableVideoDiffusionPipeline:
     """Image to video; guidance grows from frame to frame; v-prediction on a continuous, variance-exploding process."""
-    unet = lambda: UNetSpatioTemporalConditionModel(  # noqa: E731
+    unet = fresh(
+        UNetSpatioTemporalConditionModel,
         sample_size=8,
         in_channels=8,
         block_out_channels=(32, 64),  # norms of 32 groups are built in
@@ -144,7 +158,8 @@ def stable_video_diffusion() -> StableVideoDiffusionPipeline:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24,
     )
-    vae = lambda: AutoencoderKLTemporalDecoder(  # noqa: E731
+    vae = fresh(
+        AutoencoderKLTemporalDecoder,
         block_out_channels=(32, 32),  # norms of 32 groups are built in
         down_block_types=("DownEncoderBlock2D",) * 2,
         force_upcast=False,
@@ -161,9 +176,9 @@ def stable_video_diffusion() -> StableVideoDiffusionPipeline:
         use_karras_sigmas=True,
     )
     return StableVideoDiffusionPipeline(
-        unet=fresh(unet),
+        unet=unet,
         scheduler=scheduler,
-        vae=fresh(vae),
+        vae=vae,
         image_encoder=clip_vision(size=224),  # the size that the pipeline resizes to
         feature_extractor=clip_pictures(),
     )
@@ -187,7 +202,14 @@ ADDITIONAL = (
     row(
         "StableVideoDiffusion",
         stable_video_diffusion,
-        dict(num_inference_steps=4, height=16, width=16, num_frames=3, output_type="pt", decode_chunk_size=3),
+        {
+            "num_inference_steps": 4,
+            "height": 16,
+            "width": 16,
+            "num_frames": 3,
+            "output_type": "pt",
+            "decode_chunk_size": 3,
+        },
         denoisers=("unet",),
         guidance=Guidance({"max_guidance_scale": 3.0}, {"max_guidance_scale": 1.0}),
         prompt_key=None,
