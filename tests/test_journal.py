@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmgrpo.journal import FILE, Journal, Stopwatch, read
+from mmgrpo.journal import FILE, Journal, Stopwatch, peak_memory, read
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 
@@ -78,19 +79,14 @@ def test_a_line_that_a_kill_cut_off_is_dropped_and_other_damage_is_named(tmp_pat
         Journal(tmp_path, resume_at=1, trackers=())
 
 
-def python(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """A process of its own that can import the package."""
-    root = Path(__file__).resolve().parent.parent
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=root, stdout=subprocess.PIPE, text=True)
-
-
 def test_what_was_written_survives_a_kill(tmp_path):
-    writer = python(
+    code = (
         "import pathlib, sys; from mmgrpo.journal import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1]), trackers=())\n"
-        "for i in range(10**9): journal.write(i, {'a': i / 7})",
-        str(tmp_path),
+        "for i in range(10**9): journal.write(i, {'a': i / 7})"
     )
+    root = Path(__file__).resolve().parent.parent
+    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root)
     deadline = time.monotonic() + 60
     while len(read_when_there(tmp_path)) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -162,12 +158,21 @@ def test_phases_add_up_also_after_an_error_and_start_again_when_taken():
     assert watch.take() == {}
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_peak_memory_grows_by_what_was_held_and_does_not_shrink():
-    code = (
-        "import torch; from mmgrpo.journal import peak_memory\n"
-        "def show(): print(int(peak_memory(torch.device('cpu'))['memory/resident_bytes']))\n"
-        "show(); held = torch.ones(2**27); show(); del held; show()"
-    )
-    with python(code) as process:
-        before, during, after = map(int, process.communicate(timeout=60)[0].split())
-    assert during == after and during - before == pytest.approx(2**29, rel=0.1)
+    """In a forked process, whose peak begins at what it holds."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        peaks = [peak_memory()["memory/resident_bytes"]]
+        held = b"x" * 2**28
+        peaks.append(peak_memory()["memory/resident_bytes"])
+        del held
+        peaks.append(peak_memory(torch.device("cpu"))["memory/resident_bytes"])
+        os.write(send, json.dumps(peaks).encode())
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as pipe:
+        before, during, after = json.loads(pipe.read())
+    os.waitpid(child, 0)
+    assert during == after and during - before == pytest.approx(2**28, rel=0.1)
