@@ -16,11 +16,11 @@ Kind = Literal["none", "frozen", "adapters_off", "ema", "previous"]
 class Shadow:
     """A second set of values for named parameters, begun as a copy: an average, a frozen copy, an earlier iterate.
 
-    `dtype` is that of the stored values, by default each parameter's own. An average of bfloat16 parameters must be
-    kept in float32: with a decay of 0.99 or more its steps are below bfloat16's rounding, and it would stand still.
+    Values are stored in each parameter's dtype, or in `at_least` where that is finer. An average of bfloat16 parameters
+    needs float32: with a decay of 0.99 or more its steps are below bfloat16's rounding, and it would stand still.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], dtype: torch.dtype | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Parameter], at_least: torch.dtype | None = None) -> None:
         if not parameters:
             raise ValueError("a shadow of no parameters arrived; expected at least one trainable parameter")
         for name, parameter in parameters.items():
@@ -30,7 +30,10 @@ class Shadow:
                     f"parameter {name!r} is a {kind}; a shadow needs plain tensors, not sharded or packed ones"
                 )
         self._live = dict(parameters)
-        self._held = {name: live.detach().to(dtype or live.dtype, copy=True) for name, live in parameters.items()}
+        self._held = {
+            name: live.detach().to(torch.promote_types(live.dtype, at_least or live.dtype), copy=True)
+            for name, live in parameters.items()
+        }
         self._applied = False
 
     @contextmanager
@@ -121,8 +124,8 @@ class Reference:
         self.kind: Kind = kind
         self._decay = decay
         self._adapters_off = adapters_off
-        dtype = torch.float32 if kind == "ema" else None
-        self._shadow = Shadow(parameters, dtype) if kind in ("frozen", "ema", "previous") else None
+        at_least = torch.float32 if kind == "ema" else None
+        self._shadow = Shadow(parameters, at_least) if kind in ("frozen", "ema", "previous") else None
 
     @property
     def active(self) -> bool:

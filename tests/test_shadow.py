@@ -140,13 +140,14 @@ def test_two_shadows_of_the_same_weights_can_be_nested():
 
 def test_an_average_kept_in_float32_follows_bfloat16_weights_where_one_in_bfloat16_stands_still():
     live = Parameter(torch.ones(1000, dtype=torch.bfloat16))
-    fine, coarse = Shadow({"w": live}, torch.float32), Shadow({"w": live})
+    fine, coarse = Reference("ema", {"w": live}, decay=0.999), Shadow({"w": live})
     live.data.fill_(1.5)
     for _ in range(200):
-        fine.follow(0.999)
+        fine.after_update()
         coarse.follow(0.999)
     torch.testing.assert_close(fine.tensors()["w"], torch.full((1000,), 1.5 - 0.5 * 0.999**200), rtol=1e-5, atol=0)
     assert coarse.tensors()["w"].unique().tolist() == [1.0]
+    assert Reference("ema", {"w": Parameter(torch.ones(1).double())}).tensors()["w"].dtype == torch.float64
 
 
 def test_decay_one_keeps_and_decay_zero_copies_to_the_last_bit():
