@@ -172,7 +172,9 @@ class Components(NamedTuple):
 def components(image: Tensor) -> Components:
     """4-connected regions of the pixels that are nearest to a colour other than black; (B, 3, H, W) in [0, 1]."""
     palette = torch.tensor([(0.0, 0.0, 0.0), *COLOURS.values()])  # (5, 3)
-    labels = torch.cdist(image.permute(0, 2, 3, 1).flatten(0, 2), palette).argmin(1).view(-1, SIZE, SIZE).numpy()
+    pixels = image.permute(0, 2, 3, 1).flatten(0, 2)
+    distances = torch.cdist(pixels, palette, compute_mode="donot_use_mm_for_euclid_dist")  # exact: ties go to black
+    labels = distances.argmin(1).view(-1, SIZE, SIZE).numpy()
     plane = np.zeros((3, 3, 3), bool)
     plane[1] = ndimage.generate_binary_structure(2, 1)  # images of the batch do not touch each other
     regions, total = ndimage.label(labels > 0, plane)
