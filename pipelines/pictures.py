@@ -1,0 +1,116 @@
+"""Pictures that a person can judge: enlarged grids of small images with captions, before beside after, and curves.
+
+Axes: B images, C = 3 channels, H, W px. Nothing here touches a display or matplotlib's global state.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mmgrpo.types import require_shape
+
+PAPER, INK, GOOD, BAD, PLAIN = "#ffffff", "#202020", "#1a9850", "#d73027", "#b0b0b0"
+BORDER, GAP, TEXT, TITLE = 5, 14, 15, 22  # px
+COLOURS = ("#4575b4", "#d95f02", "#1b9e77", "#7570b3", "#666666")
+
+Points = tuple[Sequence[float], Sequence[float]]  # x and y of a line
+
+
+def enlarge(image: Tensor, scale: int) -> Image.Image:
+    """One (3, H, W) image in [0, 1] with every pixel a square of `scale` px."""
+    require_shape("image", image, 3, None, None)
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text, its end replaced by dots where it would be wider than `width` px."""
+    if font.getlength(text) <= width:
+        return text
+    return next(
+        (text[:end] + "..." for end in range(len(text), 0, -1) if font.getlength(text[:end] + "...") <= width), ""
+    )
+
+
+def tile(image: Tensor, caption: str, mark: bool | None, scale: int) -> Image.Image:
+    """An enlarged image in a frame (green good, red bad, grey unknown) with its caption below."""
+    inner, font = enlarge(image, scale), ImageFont.load_default(TEXT)
+    width, height = inner.width + 2 * BORDER, inner.height + 2 * BORDER
+    picture = Image.new("RGB", (width, height + TEXT + 8), PAPER)
+    picture.paste({None: PLAIN, True: GOOD, False: BAD}[mark], (0, 0, width, height))
+    picture.paste(inner, (BORDER, BORDER))
+    ImageDraw.Draw(picture).text((width / 2, height + 3), fit(caption, font, width), INK, font, anchor="ma")
+    return picture
+
+
+def grid(
+    images: Tensor,
+    captions: Sequence[str],
+    marks: Sequence[bool] | None = None,
+    columns: int = 4,
+    scale: int = 12,
+    title: str = "",
+) -> Image.Image:
+    """Images (B, 3, H, W) in [0, 1] in rows of `columns`, each with a caption and, with marks, a green or red frame."""
+    require_shape("images", images, None, 3, None, None)
+    for name, values in (("captions", captions), ("marks", captions if marks is None else marks)):
+        if len(values) != len(images) or not len(images):
+            raise ValueError(f"{len(values)} {name} for {len(images)} images; expected as many, and at least one")
+    known = [None] * len(images) if marks is None else [bool(mark) for mark in marks]
+    tiles = [tile(*parts, scale) for parts in zip(images, captions, known, strict=True)]
+    across, head = min(columns, len(tiles)), TITLE + 2 * GAP if title else GAP
+    step = tiles[0].width + GAP, tiles[0].height + GAP
+    page = Image.new("RGB", (across * step[0] + GAP, head + -(-len(tiles) // across) * step[1]), PAPER)
+    for place, picture in enumerate(tiles):
+        page.paste(picture, (GAP + place % across * step[0], head + place // across * step[1]))
+    font = ImageFont.load_default(TITLE)
+    ImageDraw.Draw(page).text((page.width / 2, GAP), fit(title, font, page.width - 2 * GAP), INK, font, anchor="ma")
+    return page
+
+
+def before_after(
+    before: Tensor,
+    after: Tensor,
+    captions: Sequence[str],
+    marks_before: Sequence[bool] | None = None,
+    marks_after: Sequence[bool] | None = None,
+    columns: int = 4,
+    scale: int = 12,
+    titles: tuple[str, str] = ("before", "after"),
+) -> Image.Image:
+    """Two grids of the same prompts side by side; with marks, each title says how many of its images are right."""
+    halves = []
+    for images, marks, title in zip((before, after), (marks_before, marks_after), titles, strict=True):
+        counted = "" if marks is None else f": {sum(map(bool, marks))} of {len(marks)} right"
+        halves.append(grid(images, captions, marks, columns, scale, title + counted))
+    left, right = halves
+    page = Image.new("RGB", (left.width + 2 * GAP + right.width, max(left.height, right.height)), PAPER)
+    page.paste(left, (0, 0))
+    page.paste(right, (left.width + 2 * GAP, 0))
+    middle = left.width + GAP
+    ImageDraw.Draw(page).line((middle, GAP, middle, page.height - GAP), PLAIN, 2)
+    return page
+
+
+def curve(panels: Mapping[str, Mapping[str, Points]], x_label: str = "iteration", title: str = "") -> Image.Image:
+    """Line charts side by side: {label of the y axis: {name of the line: (x, y)}}."""
+    if not panels:
+        raise ValueError("no panels: there is nothing to draw")
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=130, layout="constrained")
+    for axes, (label, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        for colour, (name, (x, y)) in zip(COLOURS * len(lines), lines.items(), strict=False):
+            axes.plot(x, y, color=colour, label=name, linewidth=2, marker="o", markersize=3)
+        axes.set(xlabel=x_label, ylabel=label)
+        axes.grid(color="#e0e0e0")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+    figure.suptitle(title)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
