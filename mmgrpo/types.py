@@ -19,7 +19,9 @@ def same_shape(**tensors: Tensor) -> None:
     (first, expected), *rest = tensors.items()
     for name, tensor in rest:
         if tensor.shape != expected.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(expected.shape)}, that of {first}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected {tuple(expected.shape)}, that of {first}"
+            )
 
 
 def require_shape(name: str, tensor: Tensor, *shape: int | None) -> None:
@@ -132,7 +134,9 @@ class Feedback:
 
     def __post_init__(self) -> None:
         if self.rewards.keys() != self.weights.keys():
-            raise ValueError(f"rewards {sorted(self.rewards)} and weights {sorted(self.weights)} name different components")
+            raise ValueError(
+                f"rewards {sorted(self.rewards)} and weights {sorted(self.weights)} name different components"
+            )
         for name, values in self.rewards.items():
             require_shape(f"reward {name!r}", values, len(self.group))
 
