@@ -228,7 +228,7 @@ def _refuse_contradictions(recipe: Recipe, where: str) -> None:
         and not recipe.evaluation.source
         and f"{train.evaluate_every} arrived; expected evaluation.source to name the held-out prompts",
         "loss.length": (loss.aggregation == "constant") != (loss.length is not None)
-        and f"{loss.length} arrived with aggregation {loss.aggregation!r}; expected a length with 'constant' and only there",
+        and f"{loss.length} arrived with aggregation {loss.aggregation!r}; expected one with 'constant' alone",
         "loss.kl_weight": loss.kl_weight > 0
         and reference.kind == "none"
         and f"{loss.kl_weight} arrived; expected reference.kind to say what the KL is measured to",
