@@ -106,9 +106,11 @@ def _line(errors: list[ErrorDetails], where: str, known: tuple[str, ...]) -> str
 
 
 def _expected(message: str) -> str:
-    for start in ("Input should be ", "Value error, "):
-        message = message.removeprefix(start)
-    return message.removeprefix("a valid ")
+    """Pydantic's message as the end of ours, in TOML's words."""
+    message = message.removeprefix("Input should be ").replace("a valid ", "")
+    known = {"an object": "a table", "integer": "a whole number", "number": "a number", "array": "an array"}
+    compared = message.startswith(("greater", "less"))
+    return f"a value {message}" if compared else known.get(message, message)
 
 
 def _checked(component: object, where: str) -> tuple[Function, Table]:
@@ -217,5 +219,8 @@ def _user_file(path: Path, where: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"{where}: {path} needs the package {error.name!r}, which is not installed") from error
     return module

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, with_config
 
-from mmgrpo.components import build, complete, typed
-from mmgrpo.toml import RecipeError, Table, join, nearest, read, write
+from mmgrpo.components import build, complete, locate, options_of, typed
+from mmgrpo.toml import RecipeError, Table, join, read, refuse_unknown, write
 
 __all__ = ["Recipe", "RecipeError", "build", "load", "resolved"]
 
@@ -130,6 +130,7 @@ class Recipe:
     evaluation: Evaluation
 
 
+LOADER = "mmgrpo.data:load_prompts"
 DEFAULTS: dict[str, Table] = {
     "advantage": {"build": "mmgrpo.advantages:standardized"},
     "objective": {"build": "mmgrpo.objectives:clipped"},
@@ -144,9 +145,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     table = read(path, overrides)
     where = f"{path.name}: "
     sections = [item.name for item in fields(Recipe)]
-    for key in table:
-        if key not in sections:
-            raise RecipeError(f"{where}{key}: unknown key{nearest(key, sections)}")
+    refuse_unknown(table, sections, where)
     for key in ("policy", "prompts", "rewards", "optimizer", "train"):
         if key not in table:
             raise RecipeError(f"{where}{key}: missing, and it has no default")
@@ -184,9 +183,9 @@ def _with_options(table: object, kind: Any, where: str) -> Any:
     if not isinstance(table, Mapping):
         raise RecipeError(f"{where}: {table!r} arrived; expected a table")
     own = [item.name for item in fields(kind) if item.name != "options"]
+    refuse_unknown(table, [*own, *options_of(locate(LOADER, where))], where)
     ours = {key: value for key, value in table.items() if key in own}
-    loader = {"build": "mmgrpo.data:load_prompts"}
-    further = complete(loader | {key: value for key, value in table.items() if key not in own}, where)
+    further = complete({"build": LOADER} | {key: value for key, value in table.items() if key not in own}, where)
     return typed(ours | {"options": {key: value for key, value in further.items() if key != "build"}}, kind, where)
 
 

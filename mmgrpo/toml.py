@@ -28,6 +28,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; expected one of {', '.join(names)}" if names else ""
 
 
+def refuse_unknown(table: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Every key of a table must be one of the known names; raises RecipeError."""
+    names = list(known)
+    for key in table:
+        if key not in names:
+            raise RecipeError(f"{join(where, key)}: unknown key{nearest(key, names)}")
+
+
 def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     """The table in a file with overrides applied in order; raises RecipeError, or FileNotFoundError for the file."""
     try:
