@@ -220,7 +220,7 @@ MISTAKES = [
     ("policy.plan=3", "demo.toml: policy.plan: 3 arrived; expected a table with 'build'"),
     (
         "policy.plan={build='mmgrpo.sedes:derive'}",
-        "policy.plan.build: no module 'mmgrpo.sedes'; did you mean 'mmgrpo.seeds'?",
+        "no module 'mmgrpo.sedes'; did you mean 'mmgrpo.seeds'?",
     ),
     ("policy.plan={build='mmgrp.seeds:derive'}", "policy.plan.build: no module 'mmgrp'; did you mean 'mmgrpo'?"),
     ("policy.plan={build='mmgrpo.seeds:deriv'}", "no function 'deriv' in mmgrpo.seeds; did you mean 'derive'?"),
@@ -232,7 +232,7 @@ MISTAKES = [
     ("rewards=[]", "demo.toml: rewards: [] arrived; expected at least one [[rewards]] table"),
     (
         "rewards.bleu.weight=1",
-        "override 'rewards.bleu.weight=1': rewards.bleu: no entry of that name; did you mean 'blue'?",
+        "rewards.bleu: no entry of that name; did you mean 'blue'?",
     ),
     ("rewards.blue.off=red", "demo.toml: rewards.blue.off: unknown key of "),
     ("rewards.blue.weight=heavy", "demo.toml: rewards.blue.weight: 'heavy' arrived; expected a number"),
