@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -43,7 +42,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after the wheel's own on sys.path
+    ours = [path for path in sys.path if Path(path).name == "site-packages"]  # not the sources, were they installed
+    (site / "dependencies.pth").write_text("\n".join(ours) + "\n")  # after the wheel's own on sys.path
     return python
 
 
