@@ -1,7 +1,7 @@
 """Records that cross the borders between policies, rewards and the optimizer, and the protocols that join them.
 
-Axes: P prompts, G samples per prompt, B = P * G samples, S decisions per sample (denoising steps, tokens, ...), C channels,
-H, W height and width, F frames, N audio samples.
+Axes: P prompts, G samples per prompt, B = P * G samples, S decisions per sample (denoising steps, tokens, ...),
+C channels, H, W height and width, F frames, N audio samples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +215,7 @@ class Policy(Protocol):
         ...
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: "Reference | None" = None) -> None:
-        """Evaluate the trained decisions again, chunk by chunk; `consume` may run backward and then the graph is freed."""
+        """Evaluate the trained decisions again, chunk by chunk; `consume` may run backward, then the graph is freed."""
         ...
 
     def trainable(self) -> dict[str, Parameter]:

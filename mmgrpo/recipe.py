@@ -1,0 +1,251 @@
+"""Recipes: strict TOML with one table per section; the fields of these records are all the options of the loop.
+
+Components (policy, rewards, advantage, objective) stay tables here, checked and completed with their defaults, until
+`build` makes them. Paths in a recipe are relative to the current folder.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, with_config
+
+from mmgrpo.components import build, complete, locate, options_of, typed
+from mmgrpo.toml import RecipeError, Table, join, read, refuse_unknown, write
+
+__all__ = ["Recipe", "RecipeError", "build", "load", "resolved"]
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+section = with_config(extra="forbid")
+
+
+@section
+@dataclass(frozen=True)
+class Prompts:
+    """[prompts] Where prompts come from; further keys are keyword options of mmgrpo.data:load_prompts."""
+
+    source: str  # a JSONL, CSV or text file, or a `datasets` folder or name
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@section
+@dataclass(frozen=True)
+class Evaluation:
+    """[evaluation] The held-out prompts; further keys are keyword options of mmgrpo.data:load_prompts."""
+
+    source: str = ""  # as in [prompts]; empty: no evaluation
+    samples: Count = 1  # per prompt
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@section
+@dataclass(frozen=True)
+class Reward:
+    """[[rewards]] One component of the score; further keys are options of what `build` names."""
+
+    name: str  # unique; metrics and overrides use it
+    component: Mapping[str, object]  # the table with `build`
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # in the total; 0 is watched but not trained on
+
+
+@section
+@dataclass(frozen=True)
+class Loss:
+    """[loss]"""
+
+    aggregation: Literal["seq_mean", "token_mean", "constant"] = "seq_mean"  # how (B, S) losses become one number
+    length: Count | None = None  # decisions that a sequence is divided by, for "constant"
+    kl_weight: NotNegative = 0.0  # of the KL to the reference, in the units of `kl`
+    kl: Literal["exact", "flow_grpo"] = "exact"  # closed form in nats, or the scaling of Flow-GRPO's code
+
+
+@section
+@dataclass(frozen=True)
+class Reference:
+    """[reference] The weights that the KL holds the policy to."""
+
+    kind: Literal["none", "frozen", "adapters_off", "ema", "previous"] = "none"
+    decay: Share | None = None  # of the average per optimizer update, for "ema"
+
+
+@section
+@dataclass(frozen=True)
+class Ema:
+    """[ema] Averaged weights, for evaluation."""
+
+    decay: Share = 0.0  # per optimizer update; 0 is off
+
+
+@section
+@dataclass(frozen=True)
+class Optimizer:
+    """[optimizer] AdamW."""
+
+    learning_rate: Positive
+    betas: tuple[Share, Share] = (0.9, 0.999)  # decay of the first and second moment per update
+    weight_decay: NotNegative = 1e-4  # decoupled, times the learning rate
+    eps: Positive = 1e-8  # added to the root of the second moment
+    max_grad_norm: Positive = 1.0  # L2 norm over all trained parameters
+    warmup: Natural = 0  # iterations of a linear rise from 0 to the learning rate
+
+
+@section
+@dataclass(frozen=True)
+class Train:
+    """[train] The loop."""
+
+    iterations: Count  # rollouts in the run
+    prompts: Count  # per iteration, over all ranks
+    group_size: Count  # samples per prompt, at least 2
+    updates: Count = 1  # optimizer updates per pass over a rollout; divides `prompts`
+    passes: Count = 1  # times a rollout is used
+    same_noise: bool = False  # the samples of a group start from the same noise
+    drop_zero_advantage: bool = True  # samples with advantage 0 are not replayed
+    keep_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each group, half from its top and half from its bottom
+    save_every: Count = 50  # iterations
+    evaluate_every: Natural = 0  # iterations; 0 is never
+    keep: Count = 3  # newest checkpoints that stay on disk
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run depends on; what the file left out has its default."""
+
+    seed: int  # of everything random in the run
+    policy: Mapping[str, object]  # component
+    prompts: Prompts
+    rewards: tuple[Reward, ...]
+    advantage: Mapping[str, object]  # component
+    objective: Mapping[str, object]  # component
+    loss: Loss
+    reference: Reference
+    ema: Ema
+    optimizer: Optimizer
+    train: Train
+    evaluation: Evaluation
+
+
+LOADER = "mmgrpo.data:load_prompts"
+DEFAULTS: dict[str, Table] = {
+    "advantage": {"build": "mmgrpo.advantages:standardized"},
+    "objective": {"build": "mmgrpo.objectives:clipped"},
+}
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe, overrides (`"train.iterations=5"`, `"rewards.ocr.weight=0.5"`) applied.
+
+    Raises RecipeError, one line with the file and the dotted key, and FileNotFoundError for the file itself.
+    """
+    table = read(path, overrides)
+    where = f"{path.name}: "
+    sections = [item.name for item in fields(Recipe)]
+    refuse_unknown(table, sections, where)
+    for key in ("policy", "prompts", "rewards", "optimizer", "train"):
+        if key not in table:
+            raise RecipeError(f"{where}{key}: missing, and it has no default")
+    recipe = _recipe(table, where)
+    _refuse_contradictions(recipe, where)
+    return recipe
+
+
+def _recipe(table: Table, where: str) -> Recipe:
+    def part(name: str, kind: Any) -> Any:
+        return typed(table.get(name, {}), kind, where + name)
+
+    def component(name: str) -> dict[str, object]:
+        given = table.get(name, {})
+        return complete({**DEFAULTS.get(name, {}), **given} if isinstance(given, Mapping) else given, where + name)
+
+    return Recipe(
+        seed=part("seed", Natural) if "seed" in table else 0,
+        policy=component("policy"),
+        prompts=_with_options(table["prompts"], Prompts, where + "prompts"),
+        rewards=_rewards(table["rewards"], where + "rewards"),
+        advantage=component("advantage"),
+        objective=component("objective"),
+        loss=part("loss", Loss),
+        reference=part("reference", Reference),
+        ema=part("ema", Ema),
+        optimizer=part("optimizer", Optimizer),
+        train=part("train", Train),
+        evaluation=_with_options(table.get("evaluation", {}), Evaluation, where + "evaluation"),
+    )
+
+
+def _with_options(table: object, kind: Any, where: str) -> Any:
+    """A section that has fields of its own and options of `load_prompts` in one table."""
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"{where}: {table!r} arrived; expected a table")
+    own = [item.name for item in fields(kind) if item.name != "options"]
+    refuse_unknown(table, [*own, *options_of(locate(LOADER, where))], where)
+    ours = {key: value for key, value in table.items() if key in own}
+    further = complete({"build": LOADER} | {key: value for key, value in table.items() if key not in own}, where)
+    return typed(ours | {"options": {key: value for key, value in further.items() if key != "build"}}, kind, where)
+
+
+def _rewards(tables: object, where: str) -> tuple[Reward, ...]:
+    if not isinstance(tables, list) or not tables:
+        raise RecipeError(f"{where}: {tables!r} arrived; expected at least one [[rewards]] table")
+    rewards = tuple(_reward(table, join(where, str(index))) for index, table in enumerate(tables))
+    names = [reward.name for reward in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"{where}: two rewards are named {name!r}; expected a name for each")
+    if all(reward.weight == 0 for reward in rewards):
+        raise RecipeError(f"{where}: every weight is 0; expected one to train on")
+    return rewards
+
+
+def _reward(table: object, where: str) -> Reward:
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"{where}: {table!r} arrived; expected a table")
+    named = join(where.rpartition(".")[0], table["name"]) if isinstance(table.get("name"), str) else where
+    component = complete({key: value for key, value in table.items() if key not in ("name", "weight")}, named)
+    own = {key: table[key] for key in ("name", "weight") if key in table}
+    reward: Reward = typed(own | {"component": component}, Reward, named)
+    return reward
+
+
+def _refuse_contradictions(recipe: Recipe, where: str) -> None:
+    """Combinations whose parts are each valid but that would train wrongly, or not as the reader believes."""
+    train, loss, reference = recipe.train, recipe.loss, recipe.reference
+    kept = round(train.keep_share * train.group_size)
+    problems = {
+        "train.group_size": train.group_size < 2
+        and f"{train.group_size} arrived; expected at least 2, a sample is compared with others of its prompt",
+        "train.updates": train.prompts % train.updates != 0
+        and f"{train.updates} updates cannot share {train.prompts} prompts evenly; expected a divisor",
+        "train.keep_share": kept < 2
+        and f"keeps {kept} of {train.group_size} samples; expected at least a top and a bottom one",
+        "train.evaluate_every": train.evaluate_every > 0
+        and not recipe.evaluation.source
+        and f"{train.evaluate_every} arrived; expected evaluation.source to name the held-out prompts",
+        "loss.length": (loss.aggregation == "constant") != (loss.length is not None)
+        and f"{loss.length} arrived with aggregation {loss.aggregation!r}; expected one with 'constant' alone",
+        "loss.kl_weight": loss.kl_weight > 0
+        and reference.kind == "none"
+        and f"{loss.kl_weight} arrived; expected reference.kind to say what the KL is measured to",
+        "reference.kind": loss.kl_weight == 0
+        and reference.kind != "none"
+        and f"{reference.kind!r} arrived with loss.kl_weight 0; expected 'none', nothing would use it",
+        "reference.decay": (reference.kind == "ema") != (reference.decay is not None)
+        and f"{reference.decay} arrived with kind {reference.kind!r}; expected a decay with 'ema' and only there",
+    }
+    for key, problem in problems.items():
+        if problem:
+            raise RecipeError(f"{where}{key}: {problem}")
+
+
+def resolved(recipe: Recipe) -> str:
+    """TOML text of the recipe with every default filled in; `load` reads it back equal."""
+    plain: dict[str, Any] = TypeAdapter(Recipe).dump_python(recipe)
+    for name in ("prompts", "evaluation"):
+        plain[name] |= plain[name].pop("options")
+    plain["rewards"] = [table | table.pop("component") for table in plain["rewards"]]
+    return write(plain)
