@@ -3,7 +3,7 @@
 The functions are per sample and keep the order of the samples. B samples, K components.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -45,7 +45,9 @@ def scale(reward: Reward, by: float) -> Reward:
     return score
 
 
-def weighted(rewards: Mapping[str, Reward], weights: Mapping[str, float], *, require_all: bool = False) -> Reward:
+def weighted(
+    rewards: Mapping[str, Reward], weights: Mapping[str, float], *, require_all: bool = False
+) -> Callable[[Samples], Tensor]:
     """sum_k w_k r_k over the components that have an opinion, NaN where none has; the sum of `Feedback.total`.
 
     A missing component adds 0, which within a group favours or harms the sample it is missing from; with `require_all`

@@ -1,4 +1,4 @@
-"""Rewards for still images: preference, alignment and aesthetic models on CLIP, ImageReward on BLIP, and JPEG size.
+"""Rewards for still images: preference, alignment and aesthetic models on CLIP, and JPEG size.
 
 Each builder loads its model once, from a local folder or a hub name, from safetensors only. Every reward converts the
 image to 8 bits first (`rewards.pictures`), then applies its model's own published preprocessing, at any image size.
@@ -11,9 +11,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-import open_clip
+import open_clip  # type: ignore[import-untyped]
 import torch
-from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+from open_clip.pretrained import (  # type: ignore[import-untyped]
+    download_pretrained,
+    download_pretrained_from_hf,
+    get_pretrained_cfg,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,8 +25,8 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmgrpo.types import Prompt, Reward, Samples
-from rewards.pictures import score_pictures
+from mmgrpo.types import Prompt, Samples
+from rewards.pictures import PictureReward, score_pictures
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +49,7 @@ def pick(name: str, value: str, choices: Mapping[str, object]) -> None:
 # --- CLIP in transformers ---------------------------------------------------------------------------------------------
 
 
-def load_clip(model: str, revision: str | None, dtype: Precision, device: str) -> CLIPModel:
+def load_clip(model: str, revision: str, dtype: Precision, device: str) -> CLIPModel:
     pick("dtype", dtype, DTYPES)
     loaded = CLIPModel.from_pretrained(model, revision=revision, dtype=DTYPES[dtype], use_safetensors=True)
     return loaded.eval().to(device)
@@ -69,11 +73,11 @@ def pick_score(
     *,
     model: str = "yuvalkirstain/PickScore_v1",
     processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    revision: str | None = None,
+    revision: str = "main",
     dtype: Precision = "float32",
     device: str = "cpu",
     batch: int = 32,
-) -> Reward:
+) -> PictureReward:
     """exp(logit scale) * cos(image, text) / 26, typically 0.7 to 0.95.
 
     Source: PickScore, Kirstain et al. 2023 (arXiv 2305.01569); the division by 26 follows Flow-GRPO's code.
@@ -90,18 +94,16 @@ def pick_score(
     return partial(score_pictures, score=score, batch=batch)
 
 
-def aesthetic_head(file: str) -> nn.Sequential:
-    """The linear layers D-1024-128-64-16-1 of LAION's predictor; dropout is off and there is no activation.
+def linear_head(weights: Mapping[str, Tensor], source: str) -> nn.Sequential:
+    """The five linear layers D-1024-128-64-16-1 that LAION's predictor and ImageReward share, without activations.
 
-    The safetensors file has the names of the published sac+logos+ava1-l14-linearMSE.pth, whose gaps are the dropouts:
-    layers.0, layers.2, layers.4, layers.6, layers.7, each with weight and bias. rewards/README.md tells how to convert.
+    The published names have gaps where the dropouts were: layers.0, layers.2, layers.4, layers.6, layers.7, each with
+    weight and bias. Raises ValueError for other names.
     """
-    weights = load_file(file)
     names = [f"layers.{index}.{part}" for index in (0, 2, 4, 6, 7) for part in ("weight", "bias")]
     if sorted(weights) != sorted(names):
-        raise ValueError(f"head {file!r} holds {sorted(weights)}; expected {names}")
-    layers = [nn.Linear(weights[name].shape[1], weights[name].shape[0]) for name in names[::2]]
-    head = nn.Sequential(*layers)
+        raise ValueError(f"the head in {source!r} holds {sorted(weights)}; expected {names}")
+    head = nn.Sequential(*[nn.Linear(weights[name].shape[1], weights[name].shape[0]) for name in names[::2]])
     head.load_state_dict({ours: weights[theirs] for ours, theirs in zip(head.state_dict(), names, strict=True)})
     return head.eval()
 
@@ -110,17 +112,18 @@ def aesthetic(
     *,
     head: str,
     clip: str = "openai/clip-vit-large-patch14",
-    revision: str | None = None,
+    revision: str = "main",
     dtype: Precision = "float32",
     device: str = "cpu",
     batch: int = 32,
-) -> Reward:
-    """LAION's aesthetic predictor: `aesthetic_head` of the L2-normalised image embedding; 1 to 10, typically 4.5 to 7.
+) -> PictureReward:
+    """LAION's aesthetic predictor: `linear_head` of the L2-normalised image embedding; 1 to 10, typically 4.5 to 7.
 
     Source: improved-aesthetic-predictor by Schuhmann, as DDPO (arXiv 2305.13301) uses it. `revision` is the CLIP model's;
-    embeddings in `dtype`, the head in float32. The prompt is not looked at. NaN as in the module's first lines.
+    embeddings in `dtype`, the head in float32. `head` is a safetensors file with the names of the published
+    sac+logos+ava1-l14-linearMSE.pth; rewards/README.md tells how to convert that one. The prompt is not looked at. NaN as in the module's first lines.
     """
-    tower, layers = load_clip(clip, revision, dtype, device), aesthetic_head(head).to(device)
+    tower, layers = load_clip(clip, revision, dtype, device), linear_head(load_file(head), head).to(device)
     process = CLIPImageProcessorPil.from_pretrained(clip, revision=revision)
 
     def score(pictures: list[Image.Image], prompts: list[Prompt]) -> Tensor:
@@ -164,7 +167,7 @@ def clip_score(
     dtype: Precision = "float32",
     device: str = "cpu",
     batch: int = 32,
-) -> Reward:
+) -> PictureReward:
     """CLIPScore from the cosine c of image and text, in one of its FORMS; text cut at the model's context (77 tokens).
 
     cosine: c, in [-1, 1], typically 0.2 to 0.35. original: 2.5 max(c, 0), in [0, 2.5]. torchmetrics: max(100 c, 0), in

@@ -9,11 +9,12 @@ from PIL import Image
 from rapidfuzz.distance import Levenshtein
 from rapidocr import RapidOCR
 from rapidocr.inference_engine.onnxruntime.main import ONNXRuntimeError
+from rapidocr.utils.output import RapidOCROutput
 from rapidocr.utils.process_img import ResizeImgError
 from torch import Tensor
 
-from mmgrpo.types import Prompt, Reward
-from rewards.pictures import score_pictures
+from mmgrpo.types import Prompt
+from rewards.pictures import PictureReward, score_pictures
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def read_text(picture: Image.Image, *, engine: RapidOCR, confidence: float) -> s
     except (ONNXRuntimeError, ResizeImgError, cv2.error) as error:
         log.warning("OCR failed on a picture of %d x %d pixels: %s", *picture.size, error)
         return None
-    if found.txts is None:
+    assert isinstance(found, RapidOCROutput)  # other types answer calls without detection or recognition
+    if found.txts is None or found.scores is None:
         return ""
     return "".join(line for line, sure in zip(found.txts, found.scores, strict=True) if sure > confidence)
 
@@ -62,7 +64,7 @@ def accuracies(pictures: list[Image.Image], prompts: list[Prompt], *, engine: Ra
     return scores
 
 
-def ocr_accuracy(*, confidence: float = 0.0, threads: int = 1, angles: bool = True) -> Reward:
+def ocr_accuracy(*, confidence: float = 0.0, threads: int = 1, angles: bool = True) -> PictureReward:
     """`text_accuracy` of the image's text, read by rapidocr (PP-OCRv6 small, in its wheel), against `target_text`.
 
     Range [0, 1]. Lines count above `confidence` in [0, 1]; `threads` of one CPU process; `angles` also reads lines that

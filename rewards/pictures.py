@@ -12,6 +12,7 @@ from torch import Tensor
 from mmgrpo.types import Prompt, Samples, require_shape
 
 Scorer = Callable[[list[Image.Image], list[Prompt]], Tensor]  # b pictures and their prompts -> (b,), higher is better
+PictureReward = Callable[[Samples], Tensor]  # a Reward of one component, (B,)
 TOLERANCE = 1e-3  # how far rounding may carry a pixel out of [0, 1]; further means another range, such as [-1, 1]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmgrpo.types import Batch, Feedback, Prompt, Samples
+from mmgrpo.types import Batch, Feedback, Prompt, Reward, Samples
 from rewards.compose import named, scale, weighted
 
 NAN = float("nan")
@@ -32,7 +32,7 @@ def pair(samples: Samples) -> dict[str, Tensor]:
 
 BOTH = {"a": first, "b": second}
 ROWS = samples(*zip(A, B, strict=True))
-REWARDS = {
+REWARDS: dict[str, Reward] = {
     "weighted": weighted(BOTH, {"a": 2.0, "b": 0.5}),
     "require_all": weighted(BOTH, {"a": 2.0, "b": 0.5}, require_all=True),
     "scale": scale(first, 3.0),
@@ -41,6 +41,12 @@ REWARDS = {
 
 def same(values: object, expected: object) -> None:
     torch.testing.assert_close(values, torch.as_tensor(expected), rtol=0, atol=1e-6, equal_nan=True)
+
+
+def values(reward: Reward, samples: Samples) -> Tensor:
+    found = reward(samples)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def test_a_weighted_sum_skips_missing_components_and_is_nan_only_where_none_has_an_opinion():
@@ -71,13 +77,13 @@ def test_scaling_by_one_is_the_identity_and_keeps_names():
 @pytest.mark.parametrize("name", REWARDS)
 def test_raising_a_component_with_positive_weight_raises_the_reward(name: str):
     low, high = samples((1.0, 5.0), (2.0, -3.0)), samples((1.5, 5.0), (2.5, -3.0))
-    assert (REWARDS[name](high) > REWARDS[name](low)).all()
+    assert (values(REWARDS[name], high) > values(REWARDS[name], low)).all()
 
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_permuting_the_samples_permutes_the_composed_reward(name: str):
     order = torch.tensor([2, 0, 3, 1])
-    same(REWARDS[name](ROWS.take(order)), REWARDS[name](ROWS)[order])
+    same(REWARDS[name](ROWS.take(order)), values(REWARDS[name], ROWS)[order])
 
 
 def test_named_rewards_stand_side_by_side_and_parts_carry_both_names():

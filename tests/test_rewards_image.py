@@ -7,23 +7,33 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy
-import open_clip
+import open_clip  # type: ignore[import-untyped]
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from torch.nn.functional import gelu, layer_norm
+from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmgrpo.types import Batch, Prompt, Reward, Samples
-from rewards.image import aesthetic, clip_score, jpeg_compressibility, jpeg_incompressibility, pick_score
-from rewards.pictures import to_uint8
+from mmgrpo.types import Batch, Prompt, Samples
+from rewards.image import (
+    FORMS,
+    aesthetic,
+    clip_score,
+    jpeg_compressibility,
+    jpeg_incompressibility,
+    pick_score,
+)
+from rewards.image_reward import image_reward
+from rewards.pictures import PictureReward, to_uint8
 
 MEAN, STD = numpy.array([0.48145466, 0.4578275, 0.40821073]), numpy.array([0.26862954, 0.26130258, 0.27577711])
 TEXTS = ("a red cat", "two blue dogs", "cat " * 100, "a house")  # the third is longer than 77 tokens
 SIZE = 32  # pixels a side that the tiny models look at
-Build = Callable[..., Reward]
+MODELS = ["pick_score", "aesthetic", "clip_score", "image_reward"]
+Build = Callable[..., PictureReward]
 
 
 def samples(image: Tensor | None, texts: tuple[str, ...] = TEXTS) -> Samples:
@@ -102,28 +112,74 @@ def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["pick_score", "aesthetic", "clip_score", "jpeg_incompressibility", "jpeg_compressibility"])
-def reward(request: pytest.FixtureRequest, builders: dict[str, Build]) -> Reward:
+@pytest.fixture(scope="module")
+def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a tiny ImageReward under the published names, and a tokenizer of letters."""
+    folder, generator = tmp_path_factory.mktemp("blip"), torch.Generator().manual_seed(3)
+    seen, read, inner, words = 128, 64, 96, 31  # widths: image features, text features, hidden layers; vocabulary
+    shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, seen), "pos_embed": (1, 17, seen)}
+    shapes |= {"patch_embed.proj.weight": (seen, 3, 8, 8), "patch_embed.proj.bias": (seen,)}
+    shapes |= norm("norm", seen)
+    for block in ("blocks.0.", "blocks.1."):
+        shapes |= norm(block + "norm1", seen) | norm(block + "norm2", seen)
+        shapes |= linear(block + "attn.qkv", seen, 3 * seen) | linear(block + "attn.proj", seen, seen)
+        shapes |= linear(block + "mlp.fc1", seen, inner) | linear(block + "mlp.fc2", inner, seen)
+    shapes = {f"blip.visual_encoder.{name}": shape for name, shape in shapes.items()}
+    text: dict[str, tuple[int, ...]] = {
+        "word_embeddings.weight": (words, read),
+        "position_embeddings.weight": (40, read),
+    }
+    text = {f"embeddings.{name}": shape for name, shape in (text | norm("LayerNorm", read)).items()}
+    for layer in ("encoder.layer.0.", "encoder.layer.1."):
+        for attention, width in (("attention", read), ("crossattention", seen)):
+            for part, wide in (("query", read), ("key", width), ("value", width)):
+                text |= linear(f"{layer}{attention}.self.{part}", wide, read)
+            text |= linear(f"{layer}{attention}.output.dense", read, read)
+            text |= norm(f"{layer}{attention}.output.LayerNorm", read)
+        text |= linear(layer + "intermediate.dense", read, inner) | linear(layer + "output.dense", inner, read)
+        text |= norm(layer + "output.LayerNorm", read)
+    shapes |= {f"blip.text_encoder.{name}": shape for name, shape in text.items()}
+    for index, wide_in, wide_out in ((0, read, 32), (2, 32, 16), (4, 16, 8), (6, 8, 4), (7, 4, 1)):
+        shapes |= linear(f"mlp.layers.{index}", wide_in, wide_out)
+    shapes |= linear("blip.text_proj", read, 8)  # in the published file, unused
+    weights = {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    weights["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    save_file(weights, str(folder / "weights.safetensors"))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}).save_pretrained(folder)
+    return folder
+
+
+def linear(name: str, wide_in: int, wide_out: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (wide_out, wide_in), f"{name}.bias": (wide_out,)}
+
+
+def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+@pytest.fixture(params=[*MODELS, "jpeg_incompressibility", "jpeg_compressibility"])
+def reward(request: pytest.FixtureRequest, builders: dict[str, Build]) -> PictureReward:
     jpeg = {"jpeg_incompressibility": jpeg_incompressibility, "jpeg_compressibility": jpeg_compressibility}
     return jpeg[request.param] if request.param in jpeg else builders[request.param]()
 
 
 @pytest.fixture(scope="module")
-def builders(clip_folder: str, head_file: str, open_clip_folder: Path) -> dict[str, Build]:
+def builders(clip_folder: str, head_file: str, open_clip_folder: Path, blip_folder: Path) -> dict[str, Build]:
     return {
         "pick_score": partial(pick_score, model=clip_folder, processor=clip_folder),
         "aesthetic": partial(aesthetic, clip=clip_folder, head=head_file),
         "clip_score": partial(clip_score, model=f"local-dir:{open_clip_folder}", pretrained=None),
+        "image_reward": partial(
+            image_reward, weights=str(blip_folder / "weights.safetensors"), tokenizer=str(blip_folder)
+        ),
     }
-
-
-MODELS = ["pick_score", "aesthetic", "clip_score"]
 
 
 # --- every reward -----------------------------------------------------------------------------------------------------
 
 
-def test_permuting_the_samples_permutes_the_scores(reward: Reward):
+def test_permuting_the_samples_permutes_the_scores(reward: PictureReward):
     batch, order = samples(random_images()), torch.tensor([3, 1, 0, 2])
     scores = reward(batch)
     assert scores.dtype == torch.float32
@@ -131,7 +187,7 @@ def test_permuting_the_samples_permutes_the_scores(reward: Reward):
     torch.testing.assert_close(reward(batch.take(order)), scores[order], rtol=1e-5, atol=1e-6)
 
 
-def test_a_broken_image_is_nan_and_leaves_the_other_scores_alone(reward: Reward):
+def test_a_broken_image_is_nan_and_leaves_the_other_scores_alone(reward: PictureReward):
     image = random_images()
     whole = reward(samples(image))
     broken = image.clone()
@@ -142,11 +198,11 @@ def test_a_broken_image_is_nan_and_leaves_the_other_scores_alone(reward: Reward)
     torch.testing.assert_close(scores[[0, 2]], whole[[0, 2]], rtol=1e-5, atol=1e-6)
 
 
-def test_all_broken_images_are_all_nan(reward: Reward):
+def test_all_broken_images_are_all_nan(reward: PictureReward):
     assert reward(samples(torch.full((4, 3, 8, 8), torch.nan))).isnan().all()
 
 
-def test_images_in_another_range_or_missing_are_refused(reward: Reward):
+def test_images_in_another_range_or_missing_are_refused(reward: PictureReward):
     with pytest.raises(ValueError, match=r"values from -1 to .*; expected \[0, 1\]"):
         reward(samples(2 * (random_images() - random_images().amin()) - 1))
     with pytest.raises(ValueError, match="carry no image"):
@@ -216,6 +272,62 @@ def test_the_aesthetic_score_is_five_linear_maps_of_the_normalised_embedding(
     torch.testing.assert_close(builders["aesthetic"]()(samples(image)), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention in heads of 64 features; (n, D), (m, D), (m, D) -> (n, D)."""
+    heads = [part.split(64, dim=1) for part in (query, key, value)]
+    return torch.cat([(q @ k.T / 8).softmax(1) @ v for q, k, v in zip(*heads, strict=True)], dim=1)
+
+
+def image_reward_by_hand(weights: dict[str, Tensor], image: Tensor, text: str) -> float:
+    """ImageReward of one image and one text, unpadded, from the published code's equations in float64."""
+    named = {name: value.double() if value.is_floating_point() else value for name, value in weights.items()}
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        return x @ named[f"{name}.weight"].T + named[f"{name}.bias"]
+
+    def normed(name: str, x: Tensor, eps: float) -> Tensor:
+        return layer_norm(x, x.shape[-1:], named[f"{name}.weight"], named[f"{name}.bias"], eps)
+
+    eye = "blip.visual_encoder."
+    patches = pixels_by_hand(image).double().unfold(2, 8, 8).unfold(3, 8, 8)  # (1, 3, 4, 4, 8, 8)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(16, -1)
+    x = patches @ named[eye + "patch_embed.proj.weight"].flatten(1).T + named[eye + "patch_embed.proj.bias"]
+    x = torch.cat([named[eye + "cls_token"][0], x]) + named[eye + "pos_embed"][0]
+    for block in (eye + "blocks.0.", eye + "blocks.1."):
+        qkv = layer(block + "attn.qkv", normed(block + "norm1", x, 1e-6))
+        x = x + layer(block + "attn.proj", attend(*qkv.chunk(3, dim=1)))
+        x = x + layer(block + "mlp.fc2", gelu(layer(block + "mlp.fc1", normed(block + "norm2", x, 1e-6))))
+    x = normed(eye + "norm", x, 1e-6)
+
+    voice = "blip.text_encoder."
+    known = [5 + ord(word) - ord("a") if len(word) == 1 else 1 for word in text.split()]  # longer words are unknown
+    tokens = [2, *known[:33], 3]
+    y = named[voice + "embeddings.word_embeddings.weight"][tokens]
+    y = y + named[voice + "embeddings.position_embeddings.weight"][: len(tokens)]
+    y = normed(voice + "embeddings.LayerNorm", y, 1e-12)
+    for block in (voice + "encoder.layer.0.", voice + "encoder.layer.1."):
+        for attention in ("attention", "crossattention"):
+            source, name = (y if attention == "attention" else x), block + attention
+            states = attend(
+                layer(name + ".self.query", y), *(layer(f"{name}.self.{p}", source) for p in ("key", "value"))
+            )
+            y = normed(name + ".output.LayerNorm", layer(name + ".output.dense", states) + y, 1e-12)
+        hidden = gelu(layer(block + "intermediate.dense", y))
+        y = normed(block + "output.LayerNorm", layer(block + "output.dense", hidden) + y, 1e-12)
+    score = y[0]
+    for index in (0, 2, 4, 6, 7):
+        score = layer(f"mlp.layers.{index}", score)
+    return (score.item() - 0.16717362830052426) / 1.0333394966054072
+
+
+def test_image_reward_is_the_published_network_written_out(builders: dict[str, Build], blip_folder: Path):
+    weights, image = load_file(blip_folder / "weights.safetensors"), random_images()
+    texts = ("a b", "c word d", "e f " * 40, "g")  # the third is longer than 35 tokens
+    expected = [image_reward_by_hand(weights, row, text) for row, text in zip(image, texts, strict=True)]
+    scores = builders["image_reward"]()(samples(image, texts))
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_an_aesthetic_head_with_other_names_is_refused(clip_folder: str, tmp_path: Path):
     save_file({"layers.0.weight": torch.zeros(1, 8)}, tmp_path / "head.safetensors")
     with pytest.raises(ValueError, match=r"holds \['layers.0.weight'\]; expected"):
@@ -243,8 +355,6 @@ def test_clip_score_is_the_named_function_of_the_cosine(form: str, builders: dic
 
 
 def test_the_worked_example_of_clip_score_has_its_three_values():
-    from rewards.image import FORMS
-
     values = {name: form(torch.tensor(0.31)).item() for name, form in FORMS.items()}
     assert values == pytest.approx(
         {"cosine": 0.31, "original": 0.775, "torchmetrics": 31.0, "grpo": 1.033333}, rel=1e-5

@@ -6,12 +6,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mmgrpo.types import Batch, Prompt, Reward, Samples
+from mmgrpo.types import Batch, Prompt, Samples
 from rewards.ocr import ocr_accuracy, target_text, text_accuracy
+from rewards.pictures import PictureReward
 
 
 @pytest.fixture(scope="module")
-def reward() -> Reward:
+def reward() -> PictureReward:
     return ocr_accuracy()
 
 
@@ -60,7 +61,7 @@ def test_the_target_is_a_string_target_or_else_the_first_quoted_text(text: str, 
     assert target_text(Prompt(0, text, target=target)) == wanted
 
 
-def test_drawn_text_is_read_scored_against_each_prompt_and_follows_a_permutation(reward: Reward):
+def test_drawn_text_is_read_scored_against_each_prompt_and_follows_a_permutation(reward: PictureReward):
     image = torch.stack([drawn("HELLO 42"), drawn("HELLO 42"), drawn(""), drawn("HELLO 42")])
     batch = samples(image, 'a sign "Hello 42"', 'a sign "HELLO 4Z"', 'a sign "HELLO 42"', "a cat")
     scores = reward(batch)
@@ -77,7 +78,7 @@ def test_lines_below_the_confidence_asked_for_do_not_count():
 
 
 def test_a_failure_of_the_engine_and_a_broken_image_are_nan_never_zero(
-    reward: Reward, caplog: pytest.LogCaptureFixture
+    reward: PictureReward, caplog: pytest.LogCaptureFixture
 ):
     assert reward(samples(torch.ones(1, 3, 5000, 1), 'a sign "HI"')).isnan().all()
     assert "OCR failed on a picture of 1 x 5000 pixels" in caplog.text
