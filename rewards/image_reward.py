@@ -84,7 +84,7 @@ def blip_text(weights: Mapping[str, Tensor]) -> BlipTextModel:
 
 def image_reward(
     *,
-    weights: str,
+    checkpoint: str,
     tokenizer: str = "google-bert/bert-base-uncased",
     dtype: Precision = "float32",
     device: str = "cpu",
@@ -92,15 +92,15 @@ def image_reward(
 ) -> PictureReward:
     """ImageReward: (head(first text state, having attended to the image) - 0.167) / 1.033; typically -2.3 to 2.
 
-    Source: Xu et al. 2023 (arXiv 2304.05977) as in its published code; text cut at 35 tokens. `weights` is the published
+    Source: Xu et al. 2023 (arXiv 2304.05977) as in its published code; text cut at 35 tokens. `checkpoint` is the published
     ImageReward.pt as safetensors (rewards/README.md tells how to convert it). Encoders in `dtype`, the head in float32.
     NaN: an image with a pixel that is not finite, or a score that is not.
     """
     pick("dtype", dtype, DTYPES)
-    published = load_file(weights)
+    published = load_file(checkpoint)
     vision = blip_vision(beneath("blip.visual_encoder.", published)).eval().to(device, DTYPES[dtype])
     text = blip_text(beneath("blip.text_encoder.", published)).eval().to(device, DTYPES[dtype])
-    head = linear_head(beneath("mlp.", published), weights).to(device)
+    head = linear_head(beneath("mlp.", published), checkpoint).to(device)
     size = vision.config.image_size
     process = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)  # CLIP's constants, as published
     tokenize = BertTokenizer.from_pretrained(tokenizer)

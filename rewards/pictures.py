@@ -42,8 +42,11 @@ def pictures(image: Tensor) -> list[Image.Image]:
 def score_pictures(samples: Samples, score: Scorer, *, batch: int) -> Tensor:
     """Scores of the samples, `batch` pictures at a time; -> (B,) float32 on the CPU.
 
-    NaN where a pixel or the score is not finite; raises ValueError for samples without images in [0, 1].
+    NaN where a pixel or the score is not finite; raises ValueError for a batch below 1 and for
+    samples without images in [0, 1].
     """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; expected at least 1")
     image = images(samples)
     scores = torch.full((len(samples),), torch.nan)
     rows = image.flatten(1).isfinite().all(1).nonzero()[:, 0].cpu()

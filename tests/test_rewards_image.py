@@ -171,7 +171,7 @@ def builders(clip_folder: str, head_file: str, open_clip_folder: Path, blip_fold
         "aesthetic": partial(aesthetic, clip=clip_folder, head=head_file),
         "clip_score": partial(clip_score, model=f"local-dir:{open_clip_folder}", pretrained=None),
         "image_reward": partial(
-            image_reward, weights=str(blip_folder / "weights.safetensors"), tokenizer=str(blip_folder)
+            image_reward, checkpoint=str(blip_folder / "weights.safetensors"), tokenizer=str(blip_folder)
         ),
     }
 
@@ -232,6 +232,12 @@ def test_builders_take_options_by_name_only_and_refuse_an_unknown_dtype(name: st
         builders[name]("ViT-L-14")
     with pytest.raises(ValueError, match="dtype is 'float8'; expected one of float32, bfloat16, float16"):
         builders[name](dtype="float8")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_of_no_pictures_is_refused(name: str, builders: dict[str, Build]):
+    with pytest.raises(ValueError, match="batch is 0; expected at least 1"):
+        builders[name](batch=0)(samples(random_images()))
 
 
 # --- each formula -----------------------------------------------------------------------------------------------------
