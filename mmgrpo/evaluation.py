@@ -1,5 +1,6 @@
 """Score a policy on held-out prompts, always with the same noise, so that curves are paired."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,8 +36,11 @@ def held_out(run: Run) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, path: Path | None) -> dict[str, float]:
-    """Mean rewards of a recipe's policy, with a checkpoint's weights if one is named, on its [evaluation] prompts."""
+def evaluate(recipe: Recipe, path: Path | None, folder: Path) -> dict[str, float]:
+    """Mean rewards of a recipe's policy on its [evaluation] prompts, with a checkpoint's weights if one is named.
+
+    Writes them to scores.json in the folder. Raises ValueError if the recipe has no evaluation prompts.
+    """
     run = start(recipe)
     if not run.held_out:
         raise ValueError("evaluation.source is not set; expected a file of held-out prompts")
@@ -44,12 +48,14 @@ def evaluate(recipe: Recipe, path: Path | None) -> dict[str, float]:
         tensors, _ = checkpoint.read(newest(path))
         load_weights(run.policy, tensors.get("average", tensors["policy"]))
     samples = held_out_samples(run.policy, run.held_out, recipe.evaluation.samples, recipe.seed)
-    return means(run.rewards, samples)
+    scores = means(run.rewards, samples)
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    return scores
 
 
 def newest(path: Path) -> Path:
     """A checkpoint itself, or the newest complete one of a run's folder; raises FileNotFoundError."""
-    found = path if checkpoint.is_checkpoint(path) else checkpoint.latest(path)
+    found = path if path.parent.name == "checkpoints" else checkpoint.latest(path)
     if found is None:
         raise FileNotFoundError(f"{path} holds no complete checkpoint")
     return found

@@ -92,6 +92,7 @@ class Optimizer:
     eps: Positive = 1e-8  # added to the root of the second moment
     max_grad_norm: Positive = 1.0  # L2 norm over all trained parameters
     warmup: Natural = 0  # iterations of a linear rise from 0 to the learning rate
+    decay: Literal["constant", "linear"] = "constant"  # of the learning rate, "linear" to a tenth at the end
 
 
 @section
@@ -104,7 +105,6 @@ class Train:
     group_size: Count  # samples per prompt, at least 2
     updates: Count = 1  # optimizer updates per pass over a rollout; divides `prompts`
     passes: Count = 1  # times a rollout is used
-    same_noise: bool = False  # the samples of a group start from the same noise
     drop_zero_advantage: bool = True  # samples with advantage 0 are not replayed
     keep_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each group, half from its top and half from its bottom
     save_every: Count = 50  # iterations

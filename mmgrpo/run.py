@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmgrpo import checkpoint, objectives
+from mmgrpo import checkpoint, objectives, packing
 from mmgrpo.data import load_prompts
 from mmgrpo.improve import KL, Loss
 from mmgrpo.recipe import Recipe, build
@@ -106,18 +106,17 @@ def scaled_kl(evaluation: Evaluation) -> Tensor:
 
 def save(run: Run, folder: Path) -> Path:
     """Write a checkpoint of everything that the next iteration depends on, and the policy in its library's format."""
-    optimizer, settings = checkpoint.flatten(run.optimizer)
-    random, sources = checkpoint.random_states()
+    optimizer, random = packing.optimizer_state(run.optimizer), packing.random_states()
     tensors = {
         "policy": {name: parameter.detach() for name, parameter in run.policy.trainable().items()},
-        "optimizer": optimizer,
+        "optimizer": optimizer.tensors,
         "reference": run.reference.tensors(),
-        "random": random,
+        "random": random.tensors,
     }
     if run.average is not None:
         tensors["average"] = run.average.tensors()
     counters = {"iteration": run.iteration, "updates": run.updates, "samples": run.samples}
-    facts = {"counters": counters, "optimizer": settings, "random": sources}
+    facts = {"counters": counters, "optimizer": optimizer.facts, "random": random.facts}
 
     def export(path: Path) -> None:
         if run.average is None:
@@ -133,12 +132,14 @@ def restore(run: Run, path: Path) -> Run:
     """The run as it was when the checkpoint was written, weights loaded in place."""
     tensors, facts = checkpoint.read(path)
     load_weights(run.policy, tensors["policy"])
-    checkpoint.unflatten(run.optimizer, tensors["optimizer"], facts["optimizer"])
+    packing.restore_optimizer(run.optimizer, packing.Packed(tensors["optimizer"], facts["optimizer"]))
     run.reference.load(tensors["reference"])
     if run.average is not None:
         run.average.load(tensors["average"])
-    checkpoint.set_random_states(tensors["random"], facts["random"])
-    return replace(run, **facts["counters"])
+    packing.restore_random_states(packing.Packed(tensors["random"], facts["random"]))
+    counters = facts["counters"]
+    assert isinstance(counters, dict)
+    return replace(run, **counters)
 
 
 @torch.no_grad()

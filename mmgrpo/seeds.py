@@ -15,5 +15,7 @@ def derive(*parts: int | str) -> int:
 
 def normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """One standard-normal tensor of `shape` per seed, drawn on the CPU in float32; -> (len(seeds), *shape)."""
-    draws = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    draws = [
+        torch.randn(tuple(shape), dtype=torch.float32, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+    ]
     return torch.stack(draws)

@@ -7,25 +7,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mmgrpo import checkpoint, diagnostics
+from mmgrpo.check import require_sound
 from mmgrpo.data import choose, requests
 from mmgrpo.evaluation import held_out
 from mmgrpo.improve import Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
-from mmgrpo.journal import Journal, Phases
+from mmgrpo.journal import Journal, Stopwatch, peak_memory
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
 from mmgrpo.scoring import score
 from mmgrpo.selection import extremes, minibatches
-from mmgrpo.types import Advantage, Batch, Trajectory
+from mmgrpo.types import Advantage, Trajectory
 
 
 def train(recipe: Recipe, folder: Path) -> Run:
-    """Train from the recipe's first state; writes recipe.toml, metrics and checkpoints into the folder."""
+    """Train from the recipe's first state; writes recipe.toml, check.txt, metrics and checkpoints into the folder."""
+    return begin(start(recipe), folder)
+
+
+def begin(run: Run, folder: Path) -> Run:
+    """Check a new run and train it; raises FileExistsError if the folder holds one already."""
     if checkpoint.latest(folder) is not None:
         raise FileExistsError(f"{folder} holds a run already; continue it with: mmgrpo resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.toml").write_text(resolved(recipe), encoding="utf-8")
-    return loop(start(recipe), folder)
+    (folder / "recipe.toml").write_text(resolved(run.recipe), encoding="utf-8")
+    require_sound(run, folder)
+    return loop(run, folder)
 
 
 def resume(folder: Path) -> Run:
@@ -79,7 +86,7 @@ def guarded_iteration(run: Run, folder: Path) -> dict[str, float]:
 
 def iteration(run: Run) -> dict[str, float]:
     """One rollout and the updates made from it; -> metrics."""
-    phases, options = Phases(), run.recipe.train
+    phases, options = Stopwatch(), run.recipe.train
     batch = requests(
         run.prompts,
         choose(len(run.prompts), options.prompts, run.recipe.seed, run.iteration),
@@ -96,7 +103,11 @@ def iteration(run: Run) -> dict[str, float]:
         metrics = improve(run, trajectory, advantage)
     run.samples += len(batch)
     run.reference.after_iteration()
-    return metrics | diagnostics.rewards(feedback) | dict(advantage.metrics) | phases.metrics(len(batch))
+    judged = {f"reward/{name}": value for name, value in diagnostics.reward_summary(feedback).items()}
+    compared = {f"advantage/{name}": value for name, value in advantage.metrics.items()}
+    seconds = phases.take()
+    speed = {"samples_per_second": len(batch) / sum(seconds.values())}
+    return metrics | judged | compared | seconds | speed | peak_memory()
 
 
 def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str, float]:
@@ -109,7 +120,7 @@ def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str,
     for _ in range(options.passes):
         for rows in minibatches(trajectory.group, options.updates):
             seen.append(update(run, trajectory, values, keep, rows))
-    return seen[-1] | {f"{name}/first": value for name, value in seen[0].items()} if seen else {}
+    return seen[-1] | {f"{name}/first": value for name, value in seen[0].items()}
 
 
 def update(run: Run, trajectory: Trajectory, advantages: Tensor, keep: Tensor, rows: Tensor) -> dict[str, float]:
@@ -163,7 +174,28 @@ def summary(measured: Measured, part: Trajectory, norm: float, run: Run) -> dict
         "update/samples": float(len(part)),
         "update/learning_rate": run.learning_rate(),
     }
-    return plain | diagnostics.decisions(measured.values, measured.slope, part.mask)
+    return plain | decisions(measured, part.mask)
+
+
+def decisions(measured: Measured, mask: Tensor) -> dict[str, float]:
+    """How far the evaluated decisions moved, and the share on which the objective no longer pulls, by direction."""
+    log_ratio = torch.where(mask, measured.values["log_ratio"], 0)
+    values = {
+        "ratio/mean": diagnostics.ratio_mean(log_ratio, mask),
+        "ratio/std": diagnostics.ratio_std(log_ratio, mask),
+        "ratio/max_abs_log": log_ratio.abs().max(),
+    }
+    for step, value in enumerate(diagnostics.absolute_log_ratio_per_step(log_ratio, mask).tolist()):
+        if mask[:, step].any():
+            values[f"ratio/abs_log_step_{step}"] = torch.tensor(value)
+    for name in ("kl", "drift", "entropy"):
+        if name in measured.values:
+            values[f"decisions/{name}"] = diagnostics.masked_mean(measured.values[name], mask)
+    if measured.slope is not None:
+        still = mask & (measured.slope == 0)
+        values["ratio/clipped_high"] = diagnostics.masked_mean((still & (log_ratio > 0)).float(), mask)
+        values["ratio/clipped_low"] = diagnostics.masked_mean((still & (log_ratio < 0)).float(), mask)
+    return {f"update/{name}": float(value) for name, value in values.items()}
 
 
 def progress() -> Progress:
@@ -175,6 +207,3 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-
-
-__all__ = ["Batch", "loop", "resume", "train"]

@@ -3,12 +3,11 @@
 `pipelines/engine.py` records and replays its denoising steps; this file holds what an optimizer asks of it.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
-
-import importlib
 
 import diffusers
 import torch

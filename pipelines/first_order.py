@@ -32,7 +32,9 @@ def _rebuilt(kind: type, scheduler: SchedulerMixin, **changes: object) -> Schedu
     off = [name for name in OFF if scheduler.config.get(name)]
     options = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     if type(scheduler) is not kind:
-        options["_class_name"] = type(scheduler).__name__  # options that only the other class has are dropped in silence
+        options["_class_name"] = type(
+            scheduler
+        ).__name__  # options that only the other class has are dropped in silence
     return kind.from_config({**options, **dict.fromkeys(off, False), **changes})  # type: ignore[attr-defined]
 
 
@@ -50,40 +52,55 @@ def _first_order_flow(scheduler: SchedulerMixin) -> SchedulerMixin:
 def _first_order_euler(scheduler: SchedulerMixin) -> SchedulerMixin:
     rounding = isinstance(scheduler, (diffusers.KDPM2DiscreteScheduler, diffusers.KDPM2AncestralDiscreteScheduler))
     if rounding and scheduler.config.use_karras_sigmas:
-        raise NoFirstOrder(f"{type(scheduler).__name__} with use_karras_sigmas rounds its timesteps and EulerDiscrete does not")
+        raise NoFirstOrder(
+            f"{type(scheduler).__name__} with use_karras_sigmas rounds its timesteps and EulerDiscrete does not"
+        )
     return _rebuilt(diffusers.EulerDiscreteScheduler, scheduler)
 
 
 def _first_order_solver(scheduler: SchedulerMixin) -> SchedulerMixin:
     if isinstance(scheduler, diffusers.CosineDPMSolverMultistepScheduler):
-        raise NoFirstOrder("CosineDPMSolverMultistepScheduler is always stochastic, and no other class has its timesteps")
+        raise NoFirstOrder(
+            "CosineDPMSolverMultistepScheduler is always stochastic, and no other class has its timesteps"
+        )
     if isinstance(scheduler, diffusers.EDMEulerScheduler):
         return _rebuilt(diffusers.EDMEulerScheduler, scheduler)
     if isinstance(scheduler, diffusers.UniPCMultistepScheduler):
         never = list(range(scheduler.config.num_train_timesteps))
-        order = {"solver_order": 1, "solver_type": "bh2"}  # bh1 is not finite at sigma 0; at first order they are the same
+        order = {
+            "solver_order": 1,
+            "solver_type": "bh2",
+        }  # bh1 is not finite at sigma 0; at first order they are the same
         return _rebuilt(type(scheduler), scheduler, disable_corrector=never, solver_p=None, **order)
     if isinstance(scheduler, diffusers.DEISMultistepScheduler):
         return _rebuilt(type(scheduler), scheduler, solver_order=1)
     if not isinstance(scheduler, diffusers.SASolverScheduler):  # all DPM-Solvers are the same at first order
         return _rebuilt(type(scheduler), scheduler, solver_order=1, algorithm_type="dpmsolver++")
     if scheduler.config.use_flow_sigmas:
-        raise NoFirstOrder("SASolverScheduler with use_flow_sigmas repeats its last level and DPMSolverMultistep does not")
+        raise NoFirstOrder(
+            "SASolverScheduler with use_flow_sigmas repeats its last level and DPMSolverMultistep does not"
+        )
     order = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "sigma_min"}
-    return _rebuilt(diffusers.DPMSolverMultistepScheduler, scheduler, **order)  # its own corrector cannot be switched off
+    return _rebuilt(
+        diffusers.DPMSolverMultistepScheduler, scheduler, **order
+    )  # its own corrector cannot be switched off
 
 
 def _first_order_preserving(scheduler: SchedulerMixin) -> SchedulerMixin:
     if isinstance(scheduler, diffusers.CogVideoXDPMScheduler):
         return _rebuilt(diffusers.CogVideoXDDIMScheduler, scheduler)
     if isinstance(scheduler, diffusers.PNDMScheduler):
-        return _rebuilt(diffusers.DDIMScheduler, scheduler, clip_sample=False)  # PNDM has no such option, DDIM's default is True
+        return _rebuilt(
+            diffusers.DDIMScheduler, scheduler, clip_sample=False
+        )  # PNDM has no such option, DDIM's default is True
     if isinstance(scheduler, (*schedulers.STRIDED, diffusers.TCDScheduler)):
         return _rebuilt(type(scheduler), scheduler)
     if isinstance(scheduler, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler)) and _is_strided(scheduler):
         betas = {"trained_betas": scheduler.betas.tolist(), "rescale_betas_zero_snr": False, "set_alpha_to_one": True}
         return _rebuilt(diffusers.DDIMScheduler, scheduler, **betas)
-    raise NoFirstOrder(f"no deterministic scheduler of diffusers has the timesteps and levels of {type(scheduler).__name__}")
+    raise NoFirstOrder(
+        f"no deterministic scheduler of diffusers has the timesteps and levels of {type(scheduler).__name__}"
+    )
 
 
 def _is_strided(scheduler: SchedulerMixin) -> bool:

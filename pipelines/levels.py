@@ -133,7 +133,9 @@ def _edm(scheduler: SchedulerMixin, index: int) -> Levels:
     signs = {"epsilon": 1.0, "v_prediction": -1.0}
     kind, sigma_data = scheduler.config.prediction_type, scheduler.config.sigma_data
     if kind not in signs:
-        raise ValueError(f"prediction_type {kind!r} has no meaning behind EDM's preconditioning: expected {list(signs)}")
+        raise ValueError(
+            f"prediction_type {kind!r} has no meaning behind EDM's preconditioning: expected {list(signs)}"
+        )
     sigmas = _table(scheduler.sigmas)
     return _along(sigmas, _exploding, index, lambda now: predictions.edm(now, sigma_data, signs[kind]))
 
@@ -142,7 +144,9 @@ def _converting(scheduler: SchedulerMixin, index: int) -> Levels:
     """sigma / alpha is in the table; the class itself says what alpha is (1 - sigma if `use_flow_sigmas`)."""
     kind = scheduler.config.prediction_type
     if kind == "flow_prediction" and not scheduler.config.use_flow_sigmas:
-        raise ValueError("prediction_type 'flow_prediction' needs use_flow_sigmas=True: the levels are not those of a flow")
+        raise ValueError(
+            "prediction_type 'flow_prediction' needs use_flow_sigmas=True: the levels are not those of a flow"
+        )
     level = lambda sigma: Level(*scheduler._sigma_to_alpha_sigma_t(sigma))  # noqa: E731
     return _along(_table(scheduler.sigmas), level, index, lambda now: predictions.named(kind, now))
 
@@ -176,7 +180,8 @@ def _listed(scheduler: SchedulerMixin, timestep: Tensor | float) -> Levels:
     t, timesteps = int(timestep), scheduler.timesteps.tolist()
     one = torch.ones(())
     now, after, second = (
-        _cumulative(scheduler, (timesteps + [-1])[place], one) for place in (timesteps.index(t), timesteps.index(t) + 1, 1)
+        _cumulative(scheduler, (timesteps + [-1])[place], one)
+        for place in (timesteps.index(t), timesteps.index(t) + 1, 1)
     )
     return Levels(now, after, second, predictions.named(scheduler.config.prediction_type, now))
 

@@ -24,8 +24,8 @@ from pipelines.decisions import (
     prediction,
     transition,
 )
-from pipelines.schedulers import advance
 from pipelines.memo import Memo
+from pipelines.schedulers import advance
 from pipelines.tape import Call, Counter, StepResult, Stop
 
 
@@ -182,7 +182,13 @@ class Replayer:
             self.outputs[name] = by_row(output.detach(), rows)
             reference = None if self.references is None else rowwise(old(self.references[name]), rows)
             self.done[group].append(
-                Part(by_row(state, rows), rowwise(taken.gaussian, rows), rowwise(old(self.record[name]), rows), reference, taken.dt)
+                Part(
+                    by_row(state, rows),
+                    rowwise(taken.gaussian, rows),
+                    rowwise(old(self.record[name]), rows),
+                    reference,
+                    taken.dt,
+                )
             )
         if self.seen[group] == self.parts[group]:
             self.emit(group, evaluate(self.done.pop(group), self.reduction))

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmgrpo.types import Batch, Chunk, Finding, Prompt, Trajectory
 from pipelines import arguments
 from pipelines.engine import Engine, probe_batch
-from pipelines.schedulers import NoFirstOrder, first_order
+from pipelines.first_order import NoFirstOrder, first_order
 from pipelines.listeners import ReplayMismatch, Stub
 from pipelines.tape import Call, StepResult
 

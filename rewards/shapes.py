@@ -236,6 +236,16 @@ def shape_accuracy(samples: Samples) -> dict[str, Tensor]:
 # ---- the quality that the reward does not see
 
 
+def shape_reward(samples: Samples) -> Tensor:
+    """The `soft` component of `shape_accuracy`, (B,) in [0, 1]: the one to train on."""
+    return shape_accuracy(samples)["soft"]
+
+
+def exact_match(samples: Samples) -> Tensor:
+    """The `exact` component of `shape_accuracy`, (B,) 0 or 1: the one to report."""
+    return shape_accuracy(samples)["exact"]
+
+
 def rendering_distance(samples: Samples) -> Tensor:
     """RMS distance per channel value to the nearest true rendering of the prompt; lower is better; -> (B,) in [0, 1].
 

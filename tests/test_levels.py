@@ -66,7 +66,13 @@ VARIANTS: dict[str, list[dict]] = {
         SIGMA_MIN,
         ZERO_SNR,
         dict(interpolation_type="log_linear"),
-        dict(timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True, sigma_min=0.02, sigma_max=700.0),
+        dict(
+            timestep_type="continuous",
+            prediction_type="v_prediction",
+            use_karras_sigmas=True,
+            sigma_min=0.02,
+            sigma_max=700.0,
+        ),
     ],
     "EulerAncestralDiscreteScheduler": [*PREDICTIONS[:2], *SPACINGS, ZERO_SNR],
     "LMSDiscreteScheduler": [*PREDICTIONS, *SPACINGS, *TABLES[:2]],
@@ -299,7 +305,9 @@ def test_the_current_level_is_what_the_scheduler_adds_noise_with(name, options):
     scheduler = build(name, options)
     adding = {method for method in ("add_noise", "scale_noise") if method in dir(scheduler)}
     inverted = options.get("invert_sigmas")  # stock scale_noise then mixes the wrong way round
-    unlike = name == "SASolverScheduler" and (options in TABLES or options == FLOW)  # it adds noise by the VP timestep always
+    unlike = name == "SASolverScheduler" and (
+        options in TABLES or options == FLOW
+    )  # it adds noise by the VP timestep always
     if not adding or inverted or unlike or "LTX" in name:
         pytest.skip("this class cannot add noise at its steps' levels")
     zero, one = torch.zeros(1, 1), torch.ones(1, 1)
@@ -325,7 +333,9 @@ def test_a_step_ends_where_the_next_one_begins(name, options):
         advance(scheduler, timestep)
     assert all(step.second == steps[0].next for step in steps)
     moves = [step for step in steps if step.now != step.next]
-    gaps = [abs(float(p - q)) for a, b in zip(moves, moves[1:], strict=False) for p, q in zip(a.next, b.now, strict=True)]
+    gaps = [
+        abs(float(p - q)) for a, b in zip(moves, moves[1:], strict=False) for p, q in zip(a.next, b.now, strict=True)
+    ]
     if name in STRIDED and options.get("timestep_spacing") in LEAPS:
         assert max(gaps) > 1e-5
     else:  # consistency models add less noise than the model is told, by sigma_min
@@ -396,14 +406,18 @@ def test_the_default_prediction_is_the_one_of_the_paper(name):
 
 UNLIKE = ("LCMScheduler", "CMStochasticIterativeScheduler")  # their model is not the denoiser
 GAUSSIAN = [(name, options) for name in VARIANTS if name not in UNLIKE for options in VARIANTS[name][:2]]
-GAUSSIAN += [row for row in ROWS if row[1].get("use_flow_sigmas") or row[1].get("invert_sigmas") or "snr" in str(row[1])]
+GAUSSIAN += [
+    row for row in ROWS if row[1].get("use_flow_sigmas") or row[1].get("invert_sigmas") or "snr" in str(row[1])
+]
 
 
 @pytest.mark.parametrize(("name", "options"), GAUSSIAN, ids=named)
 def test_an_exact_denoiser_transports_the_spread_of_the_data(name, options):
     if name == "CosineDPMSolverMultistepScheduler":
         options = dict(options, **SIGMA_MIN)  # a last step from 0.3 to 0 has the same error at any number of steps
-    counts = (8, 25) if "KDPM2" in name else (10, 50)  # divisors of T: elsewhere t - T // N leaves gaps between the steps
+    counts = (
+        (8, 25) if "KDPM2" in name else (10, 50)
+    )  # divisors of T: elsewhere t - T // N leaves gaps between the steps
     coarse, fine = (abs(transported(name, options, count) - 1) for count in counts)
     assert fine < 0.5 * coarse + 2e-3
 
@@ -443,7 +457,9 @@ def test_a_noisy_stock_step_is_the_kernel_of_its_family_at_our_levels(name, opti
             assert torch.equal(clean_and_noise(step, output, x)[0], clean)
         if name == "IPNDMScheduler":
             scheduler.ets, kept = [], step.next.sigma  # without a history it is first-order
-            clean = clean if number else torch.zeros_like(x)  # stock divides 0 by alpha 0 here, and takes 0 for the data
+            clean = (
+                clean if number else torch.zeros_like(x)
+            )  # stock divides 0 by alpha 0 here, and takes 0 for the data
         elif name in POSTERIOR:
             kept = step.now.alpha / step.next.alpha * step.next.sigma**2 / step.now.sigma
             scheduler.lower_order_nums = 0
@@ -506,7 +522,9 @@ def test_explicit_sigmas_of_ltx_end_with_a_call_that_changes_nothing():
     assert scheduler._step_index == 3
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"]
+)
 def test_a_schedule_begun_in_the_middle_is_read_from_there(name):
     scheduler = build(name, {})
     timesteps = start(scheduler)
@@ -585,7 +603,9 @@ def test_only_components_that_step_are_schedulers():
 
 def test_the_first_order_scheduler_keeps_options_that_the_other_class_sets_otherwise():
     heun, pndm = diffusers.HeunDiscreteScheduler(), diffusers.PNDMScheduler()
-    assert first_order(heun).config.beta_start == heun.config.beta_start == 0.00085  # EulerDiscrete's own default is 0.0001
+    assert (
+        first_order(heun).config.beta_start == heun.config.beta_start == 0.00085
+    )  # EulerDiscrete's own default is 0.0001
     assert first_order(pndm).config.set_alpha_to_one is False  # DDIM's own default is True
     shifted = diffusers.FlowMatchEulerDiscreteScheduler()
     shifted.set_shift(4.0)

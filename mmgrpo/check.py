@@ -1,0 +1,107 @@
+"""Test that a run would train what its recipe says, before it trains: replay, gradients, objective, rewards."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmgrpo.data import requests
+from mmgrpo.improve import accumulate
+from mmgrpo.objectives import needs
+from mmgrpo.recipe import Recipe
+from mmgrpo.run import Run, start
+from mmgrpo.scoring import score
+from mmgrpo.types import Batch, Finding, Samples, Trajectory
+
+FEWEST = 2  # prompts that are tried
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(finding.ok for finding in self.findings)
+
+    @property
+    def lines(self) -> list[str]:
+        return [f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.detail}" for finding in self.findings]
+
+
+class Unsound(ValueError):  # noqa: N818 - names what the recipe is
+    """A run that would not train what its recipe says; the message lists what failed."""
+
+
+def check(recipe: Recipe) -> Report:
+    """Build a recipe's components and examine them."""
+    return examine(start(recipe))
+
+
+def require_sound(run: Run, folder: Path) -> None:
+    """Examine a run, write check.txt, and refuse to train if anything fails; raises Unsound."""
+    report = examine(run)
+    (folder / "check.txt").write_text("\n".join(report.lines) + "\n", encoding="utf-8")
+    if not report.ok:
+        failed = "; ".join(f"{finding.name}: {finding.detail}" for finding in report.findings if not finding.ok)
+        raise Unsound(f"the run would not train what its recipe says: {failed}")
+
+
+def examine(run: Run) -> Report:
+    """Everything that must hold at the start of a run."""
+    findings = run.policy.self_test(run.prompts[:4])
+    trajectory, samples = run.policy.rollout(probe(run))
+    findings += [trained_decisions(trajectory), *objective_pulls(run, trajectory), *rewards_are_sound(run, samples)]
+    return Report(tuple(findings))
+
+
+def probe(run: Run) -> Batch:
+    """Two small groups, under seeds that training does not use."""
+    count = min(FEWEST, len(run.prompts))
+    size = min(run.recipe.train.group_size, 4)
+    return requests(run.prompts, range(count), group_size=size, seed=run.recipe.seed + 1, iteration=0)
+
+
+def trained_decisions(trajectory: Trajectory) -> Finding:
+    steps = trajectory.mask.any(0).nonzero().flatten().tolist()
+    return Finding(bool(steps), "plan", f"decisions {steps} of {trajectory.mask.shape[1]} are trained")
+
+
+def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
+    """Each term of the loss moves the weights, and the objective has what it needs."""
+    advantages = torch.ones(trajectory.mask.shape)
+    advantages[1::2] = -1
+    weights = run.aggregate(trajectory.mask)
+    held = run.reference if run.reference.active else None
+    measured = accumulate(run.policy, trajectory, advantages, weights, run.loss, held)
+    found = [value.grad for value in run.policy.trainable().values() if value.grad is not None]
+    norm = torch.stack([value.norm() for value in found]).norm() if found else torch.zeros(())
+    for value in run.policy.trainable().values():
+        value.grad = None
+    missing = [name for name in needs(run.loss.objective) if name not in measured.values]
+    worst = float(torch.where(trajectory.mask, measured.values["log_ratio"], 0).abs().max())
+    return [
+        Finding(not missing, "objective", f"lacks {missing}" if missing else "has every field that it needs"),
+        Finding(worst == 0, "on-policy", f"largest |log-ratio| {worst:.1e}; expected exactly 0"),
+        Finding(bool(norm > 0 and norm.isfinite()), "gradient of the loss", f"norm {float(norm):.3e}"),
+    ]
+
+
+def rewards_are_sound(run: Run, samples: Samples) -> list[Finding]:
+    """Shuffled samples get shuffled scores, and the start has differences to learn from."""
+    scores = score(run.rewards, run.weights, samples)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+    shuffled = score(run.rewards, run.weights, samples.take(order))
+    findings = []
+    for name, values in scores.rewards.items():
+        same = torch.allclose(values[order], shuffled.rewards[name], rtol=1e-4, atol=1e-5, equal_nan=True)
+        detail = "scores follow their samples" if same else "scores change when the samples are shuffled"
+        findings.append(Finding(same, f"reward {name}", detail))
+        heard = values[~values.isnan()]
+        spread = float(heard.std(correction=0)) if len(heard) else 0.0
+        findings.append(
+            Finding(len(heard) > 0, f"spread of {name}", f"mean {float(heard.mean()):.4g}, std {spread:.2g}")
+        )
+    return findings
