@@ -30,7 +30,7 @@ class Prompts:
     """[prompts] Where prompts come from; further keys are keyword options of mmgrpo.data:load_prompts."""
 
     source: str  # a JSONL, CSV or text file, or a `datasets` folder or name
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @section
@@ -40,7 +40,7 @@ class Evaluation:
 
     source: str = ""  # as in [prompts]; empty: no evaluation
     samples: Count = 1  # per prompt
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @section

@@ -89,7 +89,7 @@ def _txt_rows(content: str) -> Iterator[Row]:
 
 
 def _dataset_rows(source: str, media_columns: Set[str], split: str, revision: str | None) -> Iterator[Row]:
-    import datasets  # type: ignore[import-untyped]  # imported here: heavy, optional, only this kind of source needs it
+    import datasets
 
     folder = Path(source)
     try:

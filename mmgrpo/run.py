@@ -81,6 +81,7 @@ def start(recipe: Recipe) -> Run:
 def aggregation(recipe: Recipe) -> Callable[[Tensor], Tensor]:
     """(B, S) mask -> (B, S) weights of the loss."""
     if recipe.loss.aggregation == "constant":
+        assert recipe.loss.length is not None  # the recipe was checked
         return partial(objectives.constant, length=recipe.loss.length)
     return AGGREGATIONS[recipe.loss.aggregation]
 

@@ -5,6 +5,7 @@ C channels, H, W height and width, F frames, N audio samples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -226,6 +227,10 @@ class Policy(Protocol):
         """What must hold before training: exact replay, true gradients, the sampler's own behaviour."""
         ...
 
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Within the context the policy computes without its adapters; raises ValueError if it has none."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the weights in the format of the policy's own library."""
         ...
@@ -234,14 +239,6 @@ class Policy(Protocol):
 class Reference(Protocol):
     """Weights that the policy is held close to: a schedule, not a flag."""
 
-    def applied(self) -> "AbstractContext":
+    def applied(self) -> AbstractContextManager[object]:
         """Within the context the policy computes with the reference's weights."""
         ...
-
-
-class AbstractContext(Protocol):
-    def __enter__(self) -> object: ...
-    def __exit__(self, *error: object) -> None: ...
-
-
-Rows = Sequence[int]

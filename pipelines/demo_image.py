@@ -73,16 +73,18 @@ def draw(training: Run, folder: Path, before: Samples, after: Samples) -> None:
     exact = {name: value for name, value in training.rewards.items() if name == "exact"}
     marks = [score(exact, {"exact": 1.0}, part).rewards["exact"].bool().tolist() for part in (old, new)]
     captions = [prompt.text for prompt in new.prompts]
-    pictures.before_after(old.image, new.image, captions, *marks, columns=6, scale=8).save(folder / "before_after.png")
+    picture = pictures.before_after(old.image, new.image, captions, marks[0], marks[1], columns=6, scale=8)
+    picture.save(folder / "before_after.png")
     lines = journal.read(folder)
-    trained = [float(line["iteration"]) for line in lines]
-    held = [line for line in lines if "held_out/exact" in line]
-    at = [float(line["iteration"]) for line in held]
     panels = {
-        "exact match": {
-            "rollouts": (trained, [line["reward/exact/mean"] for line in lines]),
-            "held out": (at, [line["held_out/exact"] for line in held]),
-        },
-        "distance to a true rendering": {"held out": (at, [line["held_out/distance"] for line in held])},
+        "exact match": {"rollouts": points(lines, "reward/exact/mean"), "held out": points(lines, "held_out/exact")},
+        "distance to a true rendering": {"held out": points(lines, "held_out/distance")},
     }
     pictures.curve(panels).save(folder / "curve.png")
+
+
+def points(lines: Sequence[journal.Line], name: str) -> tuple[list[float], list[float]]:
+    """The iterations at which a metric was written, and its values."""
+    found = [(line["iteration"], line[name]) for line in lines if name in line]
+    known = [(float(at), float(value)) for at, value in found if at is not None and value is not None]
+    return [at for at, _ in known], [value for _, value in known]

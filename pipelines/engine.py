@@ -8,6 +8,7 @@ Axes: B samples, S decisions (groups of denoiser calls and the steps that follow
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +151,8 @@ class Engine:
 
     def _rate(self) -> int | None:
         """Samples per second of the sound that the pipeline makes, from its decoder's configuration."""
-        configs = [module.config for name, module in self.tape.modules.items() if name in ("vae", "vocoder")]
+        names = [name for name in ("vae", "vocoder") if name in self.tape.modules]
+        configs: list[Mapping[str, Any]] = [attrgetter("config")(self.tape.modules[name]) for name in names]
         rates = [config["sampling_rate"] for config in configs if "sampling_rate" in config]
         return int(rates[-1]) if rates else None
 
@@ -253,9 +255,9 @@ def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[A
 
 def join(pieces: Sequence[Samples], batch: Batch, order: Tensor) -> Samples:
     """Samples of several calls as one, in the batch's order."""
-    media = {}
+    media: dict[str, Any] = {}
     for name in ("image", "video", "audio"):
-        parts = [getattr(piece, name) for piece in pieces]
+        parts = [attrgetter(name)(piece) for piece in pieces]
         if parts[0] is not None:
             media[name] = torch.cat(parts)[order]
     return Samples(batch, rate=pieces[0].rate, **media)

@@ -4,6 +4,7 @@ The key covers the content of every argument, the module's name and the model's 
 a row's encoding then never depends on the rows beside it, in rollout and in replay alike.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -46,6 +47,10 @@ def rows_of(value: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 and sizes != {0} else None
 
 
+def one_row(row: int, tensor: Tensor) -> Tensor:
+    return tensor[row : row + 1]
+
+
 class Memo:
     """Row-wise memory of module calls, in this process and, if a folder is given, on disk."""
 
@@ -66,9 +71,7 @@ class Memo:
             return self._one(name, forward, args, kwargs, batch=True)
         answers = []
         for row in range(count):
-            part_args, part_kwargs = structure.map_tensors(
-                (args, kwargs), lambda tensor, row=row: tensor[row : row + 1]
-            )
+            part_args, part_kwargs = structure.map_tensors((args, kwargs), functools.partial(one_row, row))
             answers.append(self._one(name, forward, part_args, part_kwargs))
             if rows_of(answers[-1]) != 1:  # the module returns something that is not one row per row
                 self.joint.add(name)
@@ -101,9 +104,9 @@ class Memo:
         nesting = pack(answer)
         if nesting is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            parts = {str(place): part.contiguous() for place, part in enumerate(structure.tensors(answer))}
+            named = {str(place): part.contiguous() for place, part in enumerate(structure.tensors(answer))}
             with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as partial:
-                partial.write(save(parts, {"nesting": json.dumps(nesting)}))
+                partial.write(save(named, {"nesting": json.dumps(nesting)}))
             Path(partial.name).rename(path)
         return answer
 

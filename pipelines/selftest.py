@@ -170,12 +170,10 @@ def finite_difference(engine: Engine, trajectory: Trajectory, step: int, gradien
         return Finding(True, name, "not measured: weights of less than float32 cannot be moved by small amounts")
     if engine.options.autocast is not None:
         return Finding(True, name, "not measured: under autocast a small move of the weights is rounded away")
-    norm = torch.sqrt(
-        sum((value.double().square().sum() for value in gradient.values()), torch.zeros((), dtype=torch.float64))
-    )
+    norm = torch.stack([value.double().norm() for value in gradient.values()]).norm()
     if norm == 0:
         return Finding(False, name, "the gradient is zero")
-    size = torch.sqrt(sum(value.detach().double().square().mean() for value in parameters.values()) / len(parameters))
+    size = torch.stack([value.detach().double().square().mean() for value in parameters.values()]).mean().sqrt()
     reach = float(1e-3 * size / norm * len(parameters) ** 0.5)
     slopes = {}
     for factor in (1.0, 0.25):

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 
-class WordEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class WordEncoder(ModelMixin, ConfigMixin):
     """Embeds prompts of `length` words of a fixed vocabulary; the plural s is dropped, the empty prompt means no wish."""
 
     @register_to_config
@@ -54,7 +54,7 @@ class WordEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 class TinyImagePipeline(DiffusionPipeline):
     """Text to 16x16 images with a small SD3 transformer that predicts the flow's velocity, noise - image."""
 
-    model_cpu_offload_seq = "text_encoder->transformer"  # type: ignore[assignment]
+    model_cpu_offload_seq = "text_encoder->transformer"
 
     def __init__(
         self,
@@ -127,4 +127,4 @@ class TinyImagePipeline(DiffusionPipeline):
             latents if output_type == "latent" else self.image_processor.postprocess(latents, output_type=output_type)
         )
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)  # type: ignore[arg-type]
+        return ImagePipelineOutput(images=image) if return_dict else (image,)

@@ -10,13 +10,12 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from torch import nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_OPTIONS = {"rank", "alpha", "targets", "dropout"}
 
 
-def make_trainable(modules: Mapping[str, nn.Module], lora: Mapping[str, Any] | None, checkpointing: bool) -> list[str]:
+def make_trainable(modules: Mapping[str, Any], lora: Mapping[str, Any] | None, checkpointing: bool) -> list[str]:
     """Add adapters or unfreeze the modules in place; -> notes on what was done."""
     notes = []
     for name, module in modules.items():
@@ -34,7 +33,7 @@ def make_trainable(modules: Mapping[str, nn.Module], lora: Mapping[str, Any] | N
     return notes
 
 
-def add_adapter(name: str, module: nn.Module, lora: Mapping[str, Any]) -> None:
+def add_adapter(name: str, module: Any, lora: Mapping[str, Any]) -> None:
     """A low-rank adapter on the module's linear layers, in float32; raises ValueError on bad options."""
     unknown = sorted(lora.keys() - LORA_OPTIONS)
     if unknown:
@@ -59,7 +58,7 @@ def add_adapter(name: str, module: nn.Module, lora: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+def adapters_off(modules: Iterable[Any]) -> Iterator[None]:
     """Within the context the modules compute without their adapters."""
     modules = list(modules)
     for module in modules:
@@ -71,7 +70,7 @@ def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.enable_adapters()
 
 
-def save(pipeline: DiffusionPipeline, modules: Mapping[str, nn.Module], lora: bool, folder: Path) -> None:
+def save(pipeline: DiffusionPipeline, modules: Mapping[str, Any], lora: bool, folder: Path) -> None:
     """Write adapters so that `load_lora_weights` reads them, or whole modules so that `from_pretrained` does."""
     folder.mkdir(parents=True, exist_ok=True)
     if not lora:

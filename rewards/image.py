@@ -11,9 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-import open_clip  # type: ignore[import-untyped]
+import open_clip
 import torch
-from open_clip.pretrained import (  # type: ignore[import-untyped]
+from open_clip.pretrained import (
     download_pretrained,
     download_pretrained_from_hf,
     get_pretrained_cfg,
