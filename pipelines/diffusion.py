@@ -124,7 +124,7 @@ def load(
     the data, passed to the call. cache: folder in which encodings are kept between runs.
     """
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded = pipeline_class(pipeline).from_pretrained(model, revision=revision, torch_dtype=getattr(torch, dtype))
+    loaded = pipeline_class(pipeline).from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     options = Options(
         call=call,
         sampler=sampler,
