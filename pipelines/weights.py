@@ -78,9 +78,15 @@ def save(pipeline: DiffusionPipeline, modules: Mapping[str, Any], lora: bool, fo
             module.save_pretrained(folder / name)
         return
     layers = {f"{name}_lora_layers": get_peft_model_state_dict(module) for name, module in modules.items()}
+    scales = {
+        f"{name}_lora_adapter_metadata": module.peft_config["default"].to_dict() for name, module in modules.items()
+    }
     writer = inspect.getattr_static(type(pipeline), "save_lora_weights", None)
-    if writer is not None and layers.keys() <= inspect.signature(pipeline.save_lora_weights).parameters.keys():
-        pipeline.save_lora_weights(folder, **layers)
+    known = (
+        inspect.signature(writer.__func__).parameters.keys() if isinstance(writer, (classmethod, staticmethod)) else ()
+    )
+    if layers.keys() | scales.keys() <= set(known):
+        pipeline.save_lora_weights(folder, **layers, **scales)  # without the scales a reader takes alpha for the rank
         return
     for name, module in modules.items():
         module.save_lora_adapter(folder / name)

@@ -11,12 +11,11 @@ from diffusers import schedulers
 
 from mmgrpo.transitions import Level
 from pipelines import levels
+from pipelines.first_order import NoFirstOrder, first_order
 from pipelines.levels import Unsupported, clean_and_noise, read
 from pipelines.schedulers import (
     REASONS,
-    NoFirstOrder,
     advance,
-    first_order,
     is_scheduler,
     position,
     quiet,

@@ -176,7 +176,7 @@ def test_written_toml_reads_back_equal(table: dict[str, object]) -> None:
     ("override", "section", "key", "value"),
     [
         ("train.iterations=5", "train", "iterations", 5),
-        ("train.same_noise=true", "train", "same_noise", True),
+        ("train.drop_zero_advantage=false", "train", "drop_zero_advantage", False),
         ("optimizer.betas=[0.8, 0.9]", "optimizer", "betas", (0.8, 0.9)),
         ("prompts.source=my data/a.csv", "prompts", "source", "my data/a.csv"),
         ("prompts.source = '5'", "prompts", "source", "5"),

@@ -1,0 +1,197 @@
+"""Every tiny diffusers pipeline is a policy without code of its own: recorded and replayed exactly, trained, saved."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import ADDITIONAL, REQUIRED, TinyPipeline
+from torch import Tensor
+
+from mmgrpo.data import requests
+from mmgrpo.improve import evaluate
+from mmgrpo.schedules import all_but_last
+from mmgrpo.shadow import Reference
+from mmgrpo.transitions import cps, ddim, flow_sde
+from mmgrpo.types import Batch, Prompt
+from pipelines.diffusion import DiffusionPolicy
+from pipelines.engine import Engine, Options
+from pipelines.listeners import ReplayMismatch
+
+FLOW = [row for row in REQUIRED if row.name in ("StableDiffusion3", "Flux", "LTX")]
+NAMED = {row.name: row for row in (*REQUIRED, *ADDITIONAL)}
+
+
+def prompts_of(tiny: TinyPipeline, folder: Path) -> tuple[list[Prompt], tuple[str, ...]]:
+    """The row's prompts as rows of a data set, its pictures as files, and the columns that go to the call."""
+    prompts, columns = [], set()
+    for number, text in enumerate(tiny.prompts):
+        media, inputs, further = {}, {}, {}
+        for name, value in tiny.media(number).items():
+            if isinstance(value, Image.Image):
+                media[name] = folder / f"{name}{number}.png"
+                value.save(media[name])
+            elif isinstance(value, Tensor):
+                inputs[name] = value[0]
+            else:
+                further[name] = value
+        if tiny.prompt_key not in ("prompt", None):
+            further[str(tiny.prompt_key)] = text
+        columns |= set(further)
+        prompts.append(Prompt(number, str(text), media, None, further, inputs))
+    return prompts, tuple(sorted(columns))
+
+
+def policy_of(
+    tiny: TinyPipeline,
+    folder: Path,
+    *,
+    guided: bool = False,
+    dtype=torch.float32,
+    sampler=ddim,
+    rows: int = 3,
+    **options,
+) -> tuple[DiffusionPolicy, list[Prompt]]:
+    diffusers.logging.set_verbosity_error()
+    pipeline = tiny.build().to(dtype)
+    call = {**tiny.call, **tiny.switch(guided)}
+    call.pop("output_type", None)
+    prompts, columns = prompts_of(tiny, folder)
+    engine = Engine(
+        pipeline,
+        Options(call, sampler, rollout_rows=rows, replay_rows=options.pop("replay_rows", rows), columns=columns),
+    )
+    policy = DiffusionPolicy(engine, all_but_last, **options)
+    policy.prepare(prompts)
+    return policy, prompts
+
+
+def batch_of(prompts: list[Prompt], group_size: int = 3) -> Batch:
+    return requests(prompts, [0, 1], group_size=group_size, seed=5, iteration=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tiny", REQUIRED, ids=lambda row: row.name)
+def test_the_log_ratio_is_exactly_zero_until_the_weights_move(tiny, dtype, guided, tmp_path):
+    policy, prompts = policy_of(tiny, tmp_path, guided=guided, dtype=dtype)
+    trajectory, _ = policy.rollout(batch_of(prompts))
+    assert trajectory.mask.any()
+    assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
+    part = trajectory.take(torch.tensor([4, 0]))  # other rows beside each other than in the rollout
+    assert evaluate(policy, part).log_ratio.abs().max() == 0
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=1.0)
+    policy.replay(trajectory, lambda chunk: chunk.evaluation.log_ratio.sum().backward())
+    missing = [
+        name for name, value in policy.trainable().items() if value.grad is None or not value.grad.abs().max() > 0
+    ]
+    assert not [name for name in missing if not any(part in name for part in tiny.unused)]
+    torch.nn.utils.clip_grad_norm_(policy.trainable().values(), 0.5)
+    optimizer.step()
+    assert evaluate(policy, trajectory).log_ratio.abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny", REQUIRED, ids=lambda row: row.name)
+def test_the_self_test_passes_in_all_its_parts(tiny, tmp_path):
+    policy, prompts = policy_of(tiny, tmp_path)
+    findings = policy.self_test(prompts)
+    assert [finding for finding in findings if not finding.ok] == []
+    assert {"replay", "gradient", "noise off", "batch shape"} <= {finding.name for finding in findings}
+
+
+@pytest.mark.parametrize("tiny", FLOW, ids=lambda row: row.name)
+def test_a_smaller_replay_batch_is_anchored_and_still_exact(tiny, tmp_path):
+    policy, prompts = policy_of(tiny, tmp_path, rows=6, replay_rows=2, dtype=torch.bfloat16, sampler=flow_sde)
+    trajectory, _ = policy.rollout(batch_of(prompts))
+    assert trajectory.record["rows"].max() <= 2
+    assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
+    assert evaluate(policy, trajectory.take(torch.tensor([5, 1, 3]))).log_ratio.abs().max() == 0
+
+
+@pytest.mark.parametrize("sampler", [flow_sde, cps, ddim], ids=lambda sampler: sampler.__name__)
+def test_a_sample_depends_on_its_id_alone_and_not_on_the_batch_around_it(sampler, tmp_path):
+    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, sampler=sampler)
+    batch = batch_of(prompts)
+    _, whole = policy.rollout(batch)
+    _, again = policy.rollout(batch)
+    _, part = policy.rollout(batch.take(torch.tensor([4, 2])))
+    assert torch.equal(whole.image, again.image)
+    assert torch.allclose(part.image, whole.image[[4, 2]], atol=1e-5)
+    assert len({tuple(image.flatten().tolist()) for image in whole.image}) == 6
+
+
+def test_a_reference_that_is_the_policy_itself_has_no_kl_and_one_that_is_not_has(tmp_path):
+    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, sampler=flow_sde)
+    reference = Reference("frozen", policy.trainable())
+    trajectory, _ = policy.rollout(batch_of(prompts))
+    assert evaluate(policy, trajectory, reference).kl.abs().max() == 0
+    with torch.no_grad():
+        for value in policy.trainable().values():
+            value.add_(0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+    found = evaluate(policy, trajectory, reference)
+    assert torch.allclose(found.kl, found.drift)  # the sampling policy and the reference are the same weights
+    assert found.kl[trajectory.mask].min() > 0
+
+
+def test_adapters_train_and_load_back_into_a_plain_pipeline(tmp_path):
+    tiny = NAMED["StableDiffusion3"]
+    policy, prompts = policy_of(tiny, tmp_path, lora={"rank": 2}, sampler=flow_sde, gradient_checkpointing=True)
+    trajectory, _ = policy.rollout(batch_of(prompts))
+    assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
+    with torch.no_grad():
+        for value in policy.trainable().values():
+            value.add_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    assert evaluate(policy, trajectory).log_ratio.abs().max() > 0
+    with policy.adapters_off():
+        assert evaluate(policy, trajectory).log_ratio.abs().max() < 1e-6
+    policy.save(tmp_path / "lora")
+    plain = tiny.build()
+    without = tiny.run(plain, tiny.row(0, 3))
+    plain.load_lora_weights(tmp_path / "lora")
+    trained = tiny.run(policy.engine.pipeline, tiny.row(0, 3))
+    assert not torch.allclose(without, trained, atol=1e-4)
+    assert torch.allclose(tiny.run(plain, tiny.row(0, 3)), trained, atol=1e-4)
+
+
+def test_whole_weights_load_back_into_a_plain_pipeline(tmp_path):
+    tiny = NAMED["StableDiffusion"]
+    policy, _ = policy_of(tiny, tmp_path)
+    with torch.no_grad():
+        for value in policy.trainable().values():
+            value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    policy.save(tmp_path / "full")
+    plain = tiny.build()
+    plain.unet = type(plain.unet).from_pretrained(tmp_path / "full" / "unet")
+    assert torch.equal(tiny.run(plain, tiny.row(0, 3)), tiny.run(policy.engine.pipeline, tiny.row(0, 3)))
+
+
+def test_dropout_in_a_freshly_built_module_does_not_reach_the_ratio(tmp_path):
+    tiny = NAMED["StableDiffusion"]
+    pipeline = tiny.build()
+    for module in pipeline.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    pipeline.unet.train()
+    call = {name: value for name, value in tiny.call.items() if name != "output_type"}
+    policy = DiffusionPolicy(Engine(pipeline, Options(call, ddim, rollout_rows=2)), all_but_last)
+    prompts, _ = prompts_of(tiny, tmp_path)
+    policy.prepare(prompts)
+    trajectory, _ = policy.rollout(batch_of(prompts))
+    assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
+
+
+def test_another_state_than_the_recorded_one_is_refused_with_its_step(tmp_path):
+    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, sampler=flow_sde)
+    trajectory, _ = policy.rollout(batch_of(prompts))
+    trajectory.record["next.0.0"].mul_(1.01)
+    with pytest.raises(ReplayMismatch, match="step 1: the replay's input state differs"):
+        evaluate(policy, trajectory)
+
+
+def test_a_wrong_call_argument_is_refused_with_the_nearest_name():
+    tiny = NAMED["StableDiffusion3"]
+    with pytest.raises(ValueError, match=r"policy.call.guidance_scael: .* did you mean 'guidance_scale'"):
+        Engine(tiny.build(), Options({"guidance_scael": 3.0}, flow_sde))
