@@ -10,7 +10,7 @@ import torch
 from diffusers import schedulers
 
 from mmgrpo.transitions import Level
-from pipelines import levels
+from pipelines import schedulers as ours_by_kind
 from pipelines.first_order import NoFirstOrder, first_order
 from pipelines.levels import Unsupported, clean_and_noise, read
 from pipelines.schedulers import (
@@ -191,7 +191,7 @@ def scaled(scheduler, x, timestep):
 
 def initial(scheduler, dtype):
     x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return x if isinstance(scheduler, levels.FLOW) else (x * scheduler.init_noise_sigma).to(dtype)
+    return x if isinstance(scheduler, ours_by_kind.FLOW) else (x * scheduler.init_noise_sigma).to(dtype)
 
 
 def precise(scheduler):
@@ -263,7 +263,7 @@ def test_noise_off_is_the_stock_first_order_sampler(name, options):
 
 def test_every_scheduler_class_is_supported_or_refused_with_a_reason():
     names = {name for group in schedulers._import_structure.values() for name in group if name.endswith("Scheduler")}
-    supported = {kind.__name__ for kind in levels.SUPPORTED}
+    supported = {kind.__name__ for kind in ours_by_kind.SUPPORTED}
     assert supported == set(VARIANTS)
     assert names == supported | set(REASONS) and not supported & set(REASONS)
 
@@ -292,10 +292,10 @@ def test_the_counters_move_as_in_the_stock_class(name):
 
     ours, stock = list(counts(deterministic_step)), list(counts(stock_step))
     assert ours == stock
-    assert (ours[-1][0] is None) == (name in {kind.__name__ for kind in levels.WITHOUT_INDEX})
+    assert (ours[-1][0] is None) == (name in {kind.__name__ for kind in ours_by_kind.WITHOUT_INDEX})
 
 
-STRIDED = {kind.__name__ for kind in levels.STRIDED}
+STRIDED = {kind.__name__ for kind in ours_by_kind.STRIDED}
 LEAPS = ("trailing", "linspace")  # where t - T // N is not the next timestep
 
 
