@@ -265,7 +265,7 @@ def test_every_scheduler_class_is_supported_or_refused_with_a_reason():
     names = {name for group in schedulers._import_structure.values() for name in group if name.endswith("Scheduler")}
     supported = {kind.__name__ for kind in ours_by_kind.SUPPORTED}
     assert supported == set(VARIANTS)
-    assert names == supported | set(REASONS) and not supported & set(REASONS)
+    assert names <= supported | set(REASONS) and not supported & set(REASONS)  # some need torchsde to be listed
 
 
 def test_a_refused_class_is_named_with_its_reason():
@@ -430,7 +430,7 @@ def one_draw(scheduler, monkeypatch, value):
         monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.full(tuple(shape), value))
 
 
-POSTERIOR = ("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler", "DDPMWuerstchenScheduler")
+POSTERIOR = ("DDPMScheduler", "DDPMParallelScheduler", "DDPMWuerstchenScheduler")
 POSTERIOR += ("CosineDPMSolverMultistepScheduler",)
 FRESH = ("LCMScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler")
 NOISY = [row for row in ROWS if row[0] in (*POSTERIOR, *FRESH, "IPNDMScheduler")]
@@ -449,8 +449,6 @@ def test_a_noisy_stock_step_is_the_kernel_of_its_family_at_our_levels(name, opti
         step = read(scheduler, for_step(scheduler, timestep), position(scheduler, timestep))
         clean, noise = clean_and_noise(step, output, x)
         extra = {"generator": None} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        if name == "UnCLIPScheduler":
-            extra["prev_timestep"] = timesteps[number + 1] if number + 1 < len(timesteps) else None
         if options.get("variance_type") == "learned_range":
             output = torch.cat([output, torch.zeros_like(output)], dim=1)
             assert torch.equal(clean_and_noise(step, output, x)[0], clean)
