@@ -316,9 +316,10 @@ def test_garbage_in_untrained_decisions_reaches_neither_value_nor_gradient(
 
     def run(fill: float) -> tuple[Tensor, Tensor]:
         leaf = torch.where(mask, log_ratio, fill).requires_grad_()
-        here = evaluation(leaf)
-        broken = {name: torch.where(mask, value, fill) for name, value in here.tensors().items()}
-        loss = weighted_sum(objective(masked(Evaluation(**broken), mask), advantages), aggregation(mask))
+        broken = {name: torch.where(mask, value, fill) for name, value in evaluation(log_ratio).tensors().items()}
+        here = masked(Evaluation(**{**broken, "log_ratio": leaf}), mask)
+        assert all((value[~mask] == 0).all() for value in here.tensors().values())
+        loss = weighted_sum(objective(here, advantages), aggregation(mask))
         loss.backward()
         assert leaf.grad is not None
         return loss, leaf.grad

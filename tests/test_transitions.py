@@ -12,6 +12,7 @@ from torch import Tensor
 from mmgrpo.transitions import (
     Gaussian,
     Level,
+    Prediction,
     Reduction,
     Step,
     cps,
@@ -558,6 +559,16 @@ def test_v_prediction_on_a_variance_preserving_path_has_no_normaliser() -> None:
     prediction = from_v_prediction(x, v, Level(torch.tensor(0.6), torch.tensor(0.8)))
     torch.testing.assert_close(prediction.clean, 0.6 * x - 0.8 * v, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(prediction.noise, 0.6 * v + 0.8 * x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("convert", [from_velocity, from_noise, from_clean, from_v_prediction])
+def test_predictions_in_bfloat16_are_converted_in_float32(convert: Callable[..., Prediction]) -> None:
+    x, output = (part.bfloat16() for part in random_step()[:2])
+    level = flow(0.3)
+    got, exact = convert(x, output, level), convert(x.double(), output.double(), level)
+    for value, truth in zip(got, exact, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 def test_predictions_that_say_nothing_are_refused_or_zero() -> None:
