@@ -8,14 +8,14 @@ from pipelines.schedulers import OFF, require_supported
 
 
 class NoFirstOrder(ValueError):
-    """diffusers has no deterministic first-order sampler with this scheduler's levels and timesteps, for the reason given."""
+    """diffusers has no deterministic first-order sampler with this scheduler's levels and timesteps."""
 
 
 def first_order(scheduler: SchedulerMixin) -> SchedulerMixin:
     """A new stock scheduler: the deterministic first-order sampler over the same levels, without clipping.
 
-    TCDScheduler is deterministic only with `eta=0` passed to `step`. Two-stage solvers make about twice as many calls as the
-    scheduler returned. Raises NoFirstOrder where diffusers has none, Unsupported where there are no schedulers.
+    TCDScheduler is deterministic only with `eta=0` passed to `step`. Two-stage solvers make about twice as many calls as
+    the scheduler returned. Raises NoFirstOrder where diffusers has none, Unsupported where no policy can be made.
     """
     require_supported(scheduler)
     if isinstance(scheduler, schedulers.FLOW):
@@ -32,9 +32,8 @@ def _rebuilt(kind: type, scheduler: SchedulerMixin, **changes: object) -> Schedu
     off = [name for name in OFF if scheduler.config.get(name)]
     options = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     if type(scheduler) is not kind:
-        options["_class_name"] = type(
-            scheduler
-        ).__name__  # options that only the other class has are dropped in silence
+        # With its class named, options that only the other class has are dropped in silence.
+        options["_class_name"] = type(scheduler).__name__
     return kind.from_config({**options, **dict.fromkeys(off, False), **changes})  # type: ignore[attr-defined]
 
 
@@ -67,10 +66,8 @@ def _first_order_solver(scheduler: SchedulerMixin) -> SchedulerMixin:
         return _rebuilt(diffusers.EDMEulerScheduler, scheduler)
     if isinstance(scheduler, diffusers.UniPCMultistepScheduler):
         never = list(range(scheduler.config.num_train_timesteps))
-        order = {
-            "solver_order": 1,
-            "solver_type": "bh2",
-        }  # bh1 is not finite at sigma 0; at first order they are the same
+        # bh1 is not finite at sigma 0; at first order the two types are the same.
+        order = {"solver_order": 1, "solver_type": "bh2"}
         return _rebuilt(type(scheduler), scheduler, disable_corrector=never, solver_p=None, **order)
     if isinstance(scheduler, diffusers.DEISMultistepScheduler):
         return _rebuilt(type(scheduler), scheduler, solver_order=1)
@@ -80,19 +77,17 @@ def _first_order_solver(scheduler: SchedulerMixin) -> SchedulerMixin:
         raise NoFirstOrder(
             "SASolverScheduler with use_flow_sigmas repeats its last level and DPMSolverMultistep does not"
         )
+    # SASolver's own corrector cannot be switched off.
     order = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "sigma_min"}
-    return _rebuilt(
-        diffusers.DPMSolverMultistepScheduler, scheduler, **order
-    )  # its own corrector cannot be switched off
+    return _rebuilt(diffusers.DPMSolverMultistepScheduler, scheduler, **order)
 
 
 def _first_order_preserving(scheduler: SchedulerMixin) -> SchedulerMixin:
     if isinstance(scheduler, diffusers.CogVideoXDPMScheduler):
         return _rebuilt(diffusers.CogVideoXDDIMScheduler, scheduler)
     if isinstance(scheduler, diffusers.PNDMScheduler):
-        return _rebuilt(
-            diffusers.DDIMScheduler, scheduler, clip_sample=False
-        )  # PNDM has no such option, DDIM's default is True
+        # PNDM has no `clip_sample`, and DDIM's default is True.
+        return _rebuilt(diffusers.DDIMScheduler, scheduler, clip_sample=False)
     if isinstance(scheduler, (*schedulers.STRIDED, diffusers.TCDScheduler)):
         return _rebuilt(type(scheduler), scheduler)
     if isinstance(scheduler, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler)) and _is_strided(scheduler):
