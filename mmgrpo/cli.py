@@ -126,9 +126,14 @@ def run_folder(output: Path | None, name: str) -> Path:
 
 @contextmanager
 def interruptible(folder: Path) -> Iterator[None]:
-    """Ctrl-C says how to go on and exits with 130, as a shell expects."""
+    """A stop on request, saved by the loop, and a second Ctrl-C both say how to go on and exit as a shell expects."""
+    from mmgrpo.interrupt import Interrupted
+
     try:
         yield
+    except Interrupted as stop:
+        _complain(str(stop))
+        raise typer.Exit(128 + stop.number) from None
     except KeyboardInterrupt:
         _complain(f"interrupted; go on with: mmgrpo resume {folder}")
         raise typer.Exit(130) from None
@@ -143,7 +148,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app([word for word in given if word != "--traceback"])
-    except (ValueError, OSError) as error:  # RecipeError is a ValueError
+    except (ValueError, OSError, FloatingPointError) as error:  # RecipeError is a ValueError
         if "--traceback" in given:
             raise
         _complain(" ".join(str(error).split()))

@@ -19,7 +19,7 @@ KL = Callable[[Evaluation], Tensor]  # -> (b, s)
 CONSTANTS = ("step_std", "dt")  # fields of an evaluation that carry no gradient
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """A loss or a gradient is not finite; the message names the term, the decisions and the samples."""
 
 
