@@ -24,11 +24,9 @@ NUMBERS = ("one", "two", "three", "four")
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "yellow": (1.0, 1.0, 0.0)}
 RADII = {"circle": (2.5, 3.2), "square": (2.0, 3.0), "triangle": (2.7, 3.3)}  # px, half the side of the bounding square
 SHAPES = tuple(RADII)
-REACH, OFFSET = (
-    3.4,
-    0.6,
-)  # px: largest radius + offset (beyond it neighbours could touch), largest offset from the middle
-COLOUR_SHARE, SHAPE_OVERLAP, AREA_SLACK = 0.6, 0.7, 0.2  # what a component needs to be good, see `components`
+REACH = 3.4  # px, largest radius + offset; beyond it neighbours could touch
+OFFSET = 0.6  # px, largest offset of a centre from the middle of its cell
+COLOUR_SHARE, SHAPE_OVERLAP, AREA_SLACK = 0.6, 0.7, 0.2  # what a component needs to be good, see `good_components`
 
 
 @dataclass(frozen=True)
