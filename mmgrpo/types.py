@@ -174,9 +174,8 @@ class Evaluation:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def rows(self, count: int) -> "Evaluation":
-        """The first rows of every field."""
-        return Evaluation(**{name: value[:count] for name, value in self.tensors().items()})
+    def take(self, rows: Tensor) -> "Evaluation":
+        return Evaluation(**{name: value[rows.to(value.device)] for name, value in self.tensors().items()})
 
 
 class Chunk(NamedTuple):

@@ -86,7 +86,7 @@ class DiffusionPolicy:
 
     def self_test(self, prompts: Sequence[Prompt]) -> list[Finding]:
         """The four parts of the self-test, in this policy's dtype, guidance and batch shape."""
-        return selftest.findings(self.engine, prompts)
+        return [*(Finding(True, "pipeline", note) for note in self.notes), *selftest.findings(self.engine, prompts)]
 
     def save(self, folder: Path) -> None:
         """Adapters in the format that the pipeline loads back; full weights with `save_pretrained`."""
@@ -109,6 +109,7 @@ def load(
     reduction: Literal["mean", "sum"] = "mean",
     rollout_rows: int = 8,
     replay_rows: int = 8,
+    replay_steps: int = 1,
     same_noise: bool = False,
     columns: tuple[str, ...] = (),
     gradient_checkpointing: bool = False,
@@ -120,7 +121,8 @@ def load(
     are stochastic and how. call: arguments of the pipeline's own call (height, num_inference_steps, guidance_scale, ...).
     dtype: of the weights. train: names of trained components, by default those that predict the steps. lora: rank, alpha
     and targets of adapters; without it the components are trained whole. reduction: over the latent elements of a
-    decision. rollout_rows, replay_rows: samples in one call. same_noise: start noise shared inside a group. columns: of
+    decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps of
+    these samples in one forward of a replay. same_noise: start noise shared inside a group. columns: of
     the data, passed to the call. cache: folder in which encodings are kept between runs.
     """
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -131,6 +133,7 @@ def load(
         reduction=reduction,
         rollout_rows=rollout_rows,
         replay_rows=replay_rows,
+        replay_steps=replay_steps,
         same_noise=same_noise,
         columns=columns,
         autocast=None if autocast is None else getattr(torch, autocast),

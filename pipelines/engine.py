@@ -8,6 +8,7 @@ Axes: B samples, S decisions (groups of denoiser calls and the steps that follow
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from mmgrpo import seeds
 from mmgrpo.transitions import Gaussian, Step
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Samples, Trajectory
 from pipelines import arguments
+from pipelines.batching import Capture, DenoiserCall, doubled, joined, together
 from pipelines.listeners import Recorder, Replayer, Stub
 from pipelines.memo import Memo
 from pipelines.tape import Discovery, Tape
@@ -35,6 +37,7 @@ class Options:
     reduction: Literal["mean", "sum"] = "mean"  # over the latent elements of a decision
     rollout_rows: int = 8  # samples in one call of the pipeline
     replay_rows: int = 8  # samples whose graphs are held at once
+    replay_steps: int = 1  # steps of these samples in one forward of the denoiser
     same_noise: bool = False  # start noise shared inside a group
     columns: tuple[str, ...] = ()  # columns of the data passed to the call, row by row
     autocast: torch.dtype | None = None
@@ -50,7 +53,8 @@ class Layout:
     parts: Mapping[int, int] = field(default_factory=dict)  # step -> scheduler steps that make its decision
     form: arguments.Form = "list"
     mixed: bool = True  # one call may hold rows of different prompts
-    anchored: bool = False  # old outputs are recomputed in replay geometry, because batch shapes change rounding
+    seated: bool = False  # a row is replayed at the place in a call that it was recorded at
+    anchored: bool = False  # old outputs are recomputed by a replay, whose batches round otherwise than the rollout's
     rounding: float = 0.0  # mean |log-ratio| between the rollout's and the replay's geometry
 
 
@@ -123,7 +127,7 @@ class Engine:
         trained = [f"output.{step}.0" in record for step in range(self.layout.steps)]
         mask = torch.tensor(trained).expand(len(batch), -1).clone()
         trajectory = Trajectory(batch, mask, torch.zeros_like(mask, dtype=torch.int64), record)
-        if int(record["rows"].max()) > self.options.replay_rows:
+        if self.layout.anchored or int(record["rows"].max()) > self.options.replay_rows:
             trajectory, self.layout.rounding = self.anchor(trajectory)
         return trajectory, samples
 
@@ -140,7 +144,8 @@ class Engine:
             recorder = self._recorder(part, planned)
             result = self.run(recorder, part)
             samples.append(arguments.to_samples(result, part, self._rate()))
-            pieces.append(recorder.record | {"place": rows, "rows": torch.full_like(rows, len(rows))})
+            seats = {"rows": torch.full_like(rows, len(rows)), "seat": torch.arange(len(rows))}
+            pieces.append(recorder.record | seats | {"place": rows})
             places.append(rows)
         return pieces, join(samples, batch, torch.cat(places).argsort())
 
@@ -159,46 +164,104 @@ class Engine:
     # -- replay -------------------------------------------------------------------------------------------------
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
-        """Evaluate the trained steps of a few rows at a time; each step is handed to `consume` as soon as it is known."""
-        for rows in self._calls(trajectory.batch, trajectory.record["rows"]):
-            part = trajectory.take(self._padded(rows, trajectory))
+        """Evaluate the trained steps of a few rows at a time; they are handed to `consume` as soon as they are known."""
+        for rows in self._recorded_calls(trajectory):
+            where = trajectory.record["seat"][rows] if self.layout.seated else torch.arange(len(rows))
+            call = rows[-1:].repeat(int(trajectory.record["rows"][rows[0]]))  # other batch shapes round differently
+            call[where] = rows
+            part = trajectory.take(call)
             references = None
             if reference is not None:
                 with torch.no_grad(), reference.applied():
-                    references = self._replay_rows(part, lambda step, evaluation: None)
+                    references = self._replay_rows(part, lambda steps, evaluation: None)
 
-            def emit(step: int, evaluation: Evaluation, rows: Tensor = rows) -> None:
-                consume(Chunk(rows, torch.tensor([step]), evaluation.rows(len(rows))))
+            def emit(steps: Tensor, evaluation: Evaluation, rows: Tensor = rows, where: Tensor = where) -> None:
+                consume(Chunk(rows, steps, evaluation.take(where)))
 
             self._replay_rows(part, emit, references)
 
-    def _padded(self, rows: Tensor, trajectory: Trajectory) -> Tensor:
-        """The last row repeated up to the size of the call that recorded it: other batch shapes round differently."""
-        size = int(trajectory.record["rows"][rows[0]])
-        return torch.cat([rows, rows[-1:].expand(size - len(rows))])
+    def _recorded_calls(self, trajectory: Trajectory) -> Iterator[Tensor]:
+        """Rows of each call; where seats matter, no two rows of a call have the same."""
+        record = trajectory.record
+        if not self.layout.seated:
+            yield from self._calls(trajectory.batch, record["rows"])
+            return
+        for rows in self._calls(trajectory.batch, torch.full_like(record["rows"], len(trajectory)), record["rows"]):
+            waiting = rows
+            while len(waiting):
+                firsts = [
+                    int((record["seat"][waiting] == seat).nonzero()[0]) for seat in record["seat"][waiting].unique()
+                ]
+                taken = torch.zeros(len(waiting), dtype=torch.bool)
+                taken[firsts] = True
+                yield waiting[taken]
+                waiting = waiting[~taken]
 
     def _replay_rows(
         self,
         part: Trajectory,
-        emit: Callable[[int, Evaluation], None],
+        emit: Callable[[Tensor, Evaluation], None],
         references: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """One or, where steps depend on earlier ones, several calls of the pipeline; -> the model outputs by record name."""
-        wanted = part.mask.any(0).nonzero().flatten().tolist()
+        wanted = part.mask.any(0).nonzero().flatten()
         outputs: dict[str, Tensor] = {}
-        for steps in [wanted] if self.stub.kind == "zeros" else [[step] for step in wanted]:
-            replayer = Replayer(
-                self.layout.denoisers, self.memo, self.options.sampler, part.record, steps, self.layout.parts,
-                self.options.reduction, self.stub, emit, references,
-            )  # fmt: skip
-            self.run(replayer, part.batch)
-            outputs |= replayer.outputs
+        if self.options.replay_steps > 1:
+            for steps in wanted.split(self.options.replay_steps):
+                outputs |= self._replay_together(part, steps, emit, references)
+            return outputs
+        for steps in [wanted] if self.stub.kind == "zeros" else wanted.split(1):
+            outputs |= self._replay_steps(part, steps.tolist(), partial(one_step, emit), references)
         return outputs
+
+    def _replay_together(
+        self,
+        part: Trajectory,
+        steps: Tensor,
+        emit: Callable[[Tensor, Evaluation], None],
+        references: Mapping[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Steps evaluated in one forward of the denoiser, between a run that captures and one that uses it."""
+        listed = steps.tolist()
+        calls = self._captured(part, listed)
+        with autocast(self.pipeline.device.type, self.options.autocast):
+            supply = together(calls, partial(self._captured, doubled(part), listed))
+        found: list[Evaluation] = []
+        outputs = self._replay_steps(part, listed, lambda step, value: found.append(value), references, supply)
+        emit(steps, joined(found))
+        return outputs
+
+    def _replay_steps(
+        self,
+        part: Trajectory,
+        steps: Sequence[int],
+        emit: Callable[[int, Evaluation], None],
+        references: Mapping[str, Tensor] | None = None,
+        supply: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """One call of the pipeline that evaluates the given steps."""
+        replayer = Replayer(
+            self.layout.denoisers, self.memo, self.options.sampler, part.record, steps, self.layout.parts,
+            self.options.reduction, self.stub, emit, references, supply,
+        )  # fmt: skip
+        self.run(replayer, part.batch)
+        return replayer.outputs
+
+    def _captured(self, part: Trajectory, steps: Sequence[int]) -> dict[str, DenoiserCall]:
+        """The denoiser calls of the given steps, which are not made: their arguments do not depend on their outputs."""
+        capture = Capture(self.stub, steps)
+        replayer = Replayer(
+            self.layout.denoisers, self.memo, self.options.sampler, part.record, (), self.layout.parts,
+            self.options.reduction, capture, lambda step, evaluation: None, last=max(steps),
+        )  # fmt: skip
+        with torch.no_grad():
+            self.run(replayer, part.batch)
+        return capture.calls
 
     @torch.no_grad()
     def outputs(self, trajectory: Trajectory) -> dict[str, Tensor]:
         """The model outputs of the trained steps under today's weights, one call for all rows; by record name."""
-        return self._replay_rows(trajectory, lambda step, evaluation: None)
+        return self._replay_rows(trajectory, lambda steps, evaluation: None)
 
     @torch.no_grad()
     def noise_off_states(self, batch: Batch) -> list[Tensor]:
@@ -215,11 +278,11 @@ class Engine:
         noise: list[Tensor] = []
         for rows in self._calls(trajectory.batch, torch.tensor(self.options.replay_rows).expand(len(trajectory))):
             outputs = self._replay_rows(
-                trajectory.take(rows), lambda step, evaluation: noise.append(evaluation.log_ratio.abs().mean())
+                trajectory.take(rows), lambda steps, evaluation: noise.append(evaluation.log_ratio.abs().mean())
             )
             for name, output in outputs.items():
                 record[name][rows] = output.to(record[name])
-            record["rows"][rows] = len(rows)
+            record["rows"][rows], record["seat"][rows] = len(rows), torch.arange(len(rows))
         anchored = Trajectory(trajectory.batch, trajectory.mask, trajectory.kind, record)
         return anchored, float(torch.stack(noise).mean()) if noise else 0.0
 
@@ -236,14 +299,20 @@ class Engine:
         with autocast(self.pipeline.device.type, self.options.autocast):
             return self.tape.run(listener, asked, seeds.derive(batch.seed, "global", batch.iteration))
 
-    def _calls(self, batch: Batch, sizes: Tensor) -> Iterator[Tensor]:
-        """Rows of each call of the pipeline, at most their size at a time; of one prompt where prompts cannot be mixed."""
-        kinds: dict[tuple[int, int], list[int]] = {}
-        for row, (prompt, size) in enumerate(zip(batch.prompts, sizes.tolist(), strict=True)):
-            kinds.setdefault((0 if self.layout.mixed else prompt.id, size), []).append(row)
-        for (_, size), rows in kinds.items():
-            calls = -(-len(rows) // (1 if self.layout.form == "single" else size))
+    def _calls(self, batch: Batch, sizes: Tensor, kinds: Tensor | None = None) -> Iterator[Tensor]:
+        """Rows of each call of the pipeline, at most their size at a time and of one kind; of one prompt if it must be."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, (prompt, kind) in enumerate(
+            zip(batch.prompts, (sizes if kinds is None else kinds).tolist(), strict=True)
+        ):
+            groups.setdefault((0 if self.layout.mixed else prompt.id, kind), []).append(row)
+        for rows in groups.values():
+            calls = -(-len(rows) // (1 if self.layout.form == "single" else int(sizes[rows[0]])))
             yield from torch.tensor(rows).tensor_split(calls)
+
+
+def one_step(emit: Callable[[Tensor, Evaluation], None], step: int, evaluation: Evaluation) -> None:
+    emit(torch.tensor([step]), evaluation)
 
 
 def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -90,7 +90,8 @@ class Recorder:
             self.trained.add(group)
             self._keep(f"state.{group}.{part}", checksum(by_row(sample, len(drawn))))
             self._keep(f"output.{group}.{part}", output)
-        state = state.to(sample.dtype)  # rounded to the sampler's dtype before anything is scored
+        # rounded to the sampler's dtype before anything is scored, and laid out as a replay will: strides choose kernels
+        state = state.to(sample.dtype).contiguous()
         if (
             self.everything or self.planned[group : group + 2].any()
         ):  # teacher forcing needs the way into a trained step, and its outcome
@@ -116,6 +117,8 @@ class Replayer:
         stub: "Stub",
         emit: Callable[[int, Evaluation], None],
         references: Mapping[str, Tensor] | None = None,
+        supply: Mapping[str, Any] | None = None,
+        last: int | None = None,
     ) -> None:
         self.denoisers = denoisers
         self.memo = memo
@@ -127,6 +130,8 @@ class Replayer:
         self.stub = stub
         self.emit = emit
         self.references = references  # model outputs under the reference weights, by record name
+        self.supply = supply or {}  # denoiser outputs that were computed elsewhere, by call
+        self.last = max(wanted) if last is None else last  # the group after which to stop
         self.counter = Counter()
         self.calls: dict[int, int] = defaultdict(int)
         self.done: dict[int, list[Part]] = defaultdict(list)
@@ -139,16 +144,19 @@ class Replayer:
         group = self.counter.called()
         place = self.calls[group]
         self.calls[group] += 1
+        key = f"denoised.{group}.{place}"
+        if key in self.supply:
+            return self.supply[key]
         if group in self.wanted:
             return self.stub.learn(name, args, kwargs, forward(*args, **kwargs))
-        return self.stub(name, forward, args, kwargs, self.record, f"denoised.{group}.{place}")
+        return self.stub(name, forward, args, kwargs, self.record, key)
 
     def step(self, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> StepResult:
         group = self.counter.step()
         sample, predicted = arguments["sample"], prediction(arguments)
         if group not in self.wanted:
             advance(scheduler, arguments["timestep"])
-            return StepResult(lambda: self._forced(group, sample), sample)
+            return StepResult(lambda: self._skipped(group, sample), sample)
         levels = levels_of(scheduler, arguments)
         taken = transition(levels, sample, predicted, self.sampler)
         advance(scheduler, arguments["timestep"])
@@ -159,6 +167,12 @@ class Replayer:
                 return transition(levels, sample, before, self.sampler).gaussian
 
         return StepResult(lambda: self._evaluate(group, sample, predicted.value, taken, old), taken.clean)
+
+    def _skipped(self, group: int, sample: Tensor) -> Tensor:
+        state = self._forced(group, sample)
+        if group == self.last and self.seen[group] == self.parts[group]:
+            raise Stop
+        return state
 
     def _forced(self, group: int, sample: Tensor) -> Tensor:
         name = f"next.{group}.{self.seen[group]}"
@@ -192,7 +206,7 @@ class Replayer:
             )
         if self.seen[group] == self.parts[group]:
             self.emit(group, evaluate(self.done.pop(group), self.reduction))
-            if group == max(self.wanted):
+            if group == self.last:
                 raise Stop
         return state
 
