@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mmgrpo.types import Evaluation, Trajectory
-from pipelines import structure
 from pipelines.listeners import Stub
 from pipelines.tape import Call
 
@@ -56,7 +55,7 @@ class Capture:
 
 
 def together(calls: Mapping[str, DenoiserCall], twice: Callable[[], Mapping[str, DenoiserCall]]) -> dict[str, Any]:
-    """The outputs of captured calls, those of the same place in their step made in one forward; by call.
+    """The outputs of captured calls, those of one module at one place in their step made in one forward; by call.
 
     `twice` captures the calls with every row doubled. Raises Unbatchable if steps differ in more than batched arguments.
     """
@@ -64,8 +63,6 @@ def together(calls: Mapping[str, DenoiserCall], twice: Callable[[], Mapping[str,
     outputs: dict[str, Any] = {}
     for keys in by_place(calls):
         chosen = [calls[key] for key in keys]
-        if len({call.name for call in chosen}) > 1:
-            raise Unbatchable(f"steps call {sorted({call.name for call in chosen})} at the same place")
         inputs = [(call.args, call.kwargs) for call in chosen]
         double = wider[keys[0]]
         lead = batch_size(inputs[0], (double.args, double.kwargs))
@@ -75,20 +72,32 @@ def together(calls: Mapping[str, DenoiserCall], twice: Callable[[], Mapping[str,
 
 
 def by_place(calls: Mapping[str, DenoiserCall]) -> list[list[str]]:
-    """Call keys "denoised.step.place" that share a place, steps in order."""
-    places: dict[str, list[str]] = {}
-    for key in calls:
-        places.setdefault(key.split(".")[2], []).append(key)
+    """Call keys "denoised.step.place" that share a place and a module (experts take turns), steps in order."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for key, call in calls.items():
+        places.setdefault((call.name, key.split(".")[2]), []).append(key)
     return list(places.values())
 
 
 def batch_size(value: Any, double: Any) -> int:
     """The leading size of the arguments that carry the batch; raises Unbatchable if none does."""
-    pairs = zip(structure.tensors(value), structure.tensors(double), strict=False)
-    sizes = [len(one) for one, two in pairs if one.dim() and len(two) == 2 * len(one)]
+    sizes = batch_sizes(value, double)
     if not sizes:
         raise Unbatchable("no argument of the denoiser carries the batch")
     return max(sizes)
+
+
+def batch_sizes(value: Any, double: Any) -> list[int]:
+    """The leading sizes of everything that doubles with the batch: tensors by rows, lists by items."""
+    if isinstance(value, Tensor):
+        return [len(value)] if value.dim() and len(double) == 2 * len(value) else []
+    if isinstance(value, dict):
+        return [size for name in value for size in batch_sizes(value[name], double[name])]
+    if isinstance(value, list) and len(double) == 2 * len(value):
+        return [len(value)]
+    if isinstance(value, (list, tuple)):
+        return [size for one, two in zip(value, double, strict=True) for size in batch_sizes(one, two)]
+    return []
 
 
 def join(values: list[Any], double: Any, lead: int) -> Any:

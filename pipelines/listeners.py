@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import SchedulerMixin
@@ -114,7 +114,7 @@ class Replayer:
         wanted: Sequence[int],
         parts: Mapping[int, int],
         reduction: Reduction,
-        stub: "Stub",
+        stub: "StandIn",
         emit: Callable[[int, Evaluation], None],
         references: Mapping[str, Tensor] | None = None,
         supply: Mapping[str, Any] | None = None,
@@ -238,6 +238,22 @@ def rowwise(gaussian: Gaussian, rows: int) -> Gaussian:
     if mean is gaussian.mean:
         return gaussian
     return Gaussian(mean, by_row(gaussian.std.expand_as(gaussian.mean), rows))
+
+
+class StandIn(Protocol):
+    """Answers the denoiser calls that a replay does not make, and may note those it makes."""
+
+    def learn(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any: ...
+
+    def __call__(
+        self,
+        name: str,
+        forward: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        record: Mapping[str, Tensor],
+        key: str,
+    ) -> Any: ...
 
 
 class Stub:

@@ -22,7 +22,12 @@ from pipelines.listeners import ReplayMismatch, Stub
 from pipelines.tape import Call, StepResult
 
 ENDS = "the first and last row"
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative, between two batch shapes
+ROUNDING = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}  # relative, between two batch shapes
 REFUSALS = (
     ValueError,
     TypeError,
@@ -43,6 +48,8 @@ def settle(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
     a call or at their recorded place. Raises ValueError with what differed and at which step if none does.
     """
     tried: list[str] = []
+    asked_steps = engine.options.replay_steps
+    engine.options = replace(engine.options, replay_steps=1)
     for form, mixed in ways(engine):
         engine.layout.form, engine.layout.mixed, engine.layout.seated = form, mixed, False
         rows = 1 if form == "single" else min(3, engine.options.rollout_rows)
@@ -53,7 +60,11 @@ def settle(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
                 way = (
                     f"{form}{' of mixed prompts' if mixed else ''}{' at fixed places' if engine.layout.seated else ''}"
                 )
-                return [f"replay: {way}, unwanted steps {engine.stub.kind}", *tried, *share_forward(engine, asked)]
+                return [
+                    f"replay: {way}, unwanted steps {engine.stub.kind}",
+                    *tried,
+                    *share_forward(engine, asked, asked_steps),
+                ]
             tried.append(f"not {form}{', mixed' if mixed else ''}, unwanted steps {engine.stub.kind}: {reason}")
     raise ValueError(f"{type(engine.pipeline).__name__} cannot be replayed exactly: " + "; ".join(tried))
 
@@ -70,19 +81,26 @@ def attempt(engine: Engine, batch: Batch) -> str | None:
     return reason
 
 
-def share_forward(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
-    """Try the forwards of several steps that the options ask for; -> a note on how it went."""
-    if engine.options.replay_steps == 1:
+def share_forward(engine: Engine, prompts: Sequence[Prompt], steps: int) -> list[str]:
+    """Try to replay so many steps in one forward; -> a note on how it went."""
+    if steps == 1:
         return []
     trajectory, _ = engine.rollout(probe_batch(prompts, range(len(prompts))), engine.planned)
+    engine.options = replace(engine.options, replay_steps=steps)
     try:
-        worst = float(log_ratios(engine, trajectory).abs().max())
-    except Unbatchable as error:
+        reason = apart(engine, trajectory)
+        worst = max(
+            float(log_ratios(engine, part).abs().max()) for part in (trajectory, trajectory.take(ends(trajectory)))
+        )
+    except (Unbatchable, *REFUSALS) as error:  # modules refuse unsupported batches in any of these ways
+        reason = " ".join(str(error).split())[:200]
+    if reason is not None:
         engine.options = replace(engine.options, replay_steps=1)
-        return [f"steps are replayed one at a time: {error}"]
-    engine.layout.anchored = worst != 0
-    anchored = f"rounds by {worst:.1e}, so old outputs are taken from a replay" if worst else "is exact"
-    return [f"{engine.options.replay_steps} steps share a forward, which {anchored}"]
+        return [f"steps are replayed one at a time: {reason}"]
+    engine.layout.anchored = True  # exact here says nothing of calls of another size
+    return [
+        f"{steps} steps share a forward, which moved the log-ratio by {worst:.1e}; old outputs are taken from a replay"
+    ]
 
 
 def ways(engine: Engine) -> Iterator[tuple[arguments.Form, bool]]:
@@ -236,7 +254,12 @@ class Watcher:
         return forward(*args, **kwargs)
 
     def step(self, scheduler: SchedulerMixin, given: Mapping[str, Any]) -> StepResult:
-        stock = dict(given) | {"return_dict": False} | {name: 0.0 for name in ("eta",) if name in given}
+        stock = dict(given) | {"return_dict": False} | ({"eta": 0.0} if "eta" in given else {})
+        channels = given["sample"].shape[1]
+        if (
+            given["model_output"].shape[1] == 2 * channels
+        ):  # a learned variance, which a deterministic sampler has no use for
+            stock["model_output"] = given["model_output"][:, :channels]
         state, *_ = type(scheduler).step(stock.pop("self"), **stock)
         self.states.append(state)
         return StepResult(lambda: state, state)

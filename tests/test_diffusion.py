@@ -58,10 +58,9 @@ def policy_of(
     call = {**tiny.call, **tiny.switch(guided)}
     call.pop("output_type", None)
     prompts, columns = prompts_of(tiny, folder)
-    engine = Engine(
-        pipeline,
-        Options(call, sampler, rollout_rows=rows, replay_rows=options.pop("replay_rows", rows), columns=columns),
-    )
+    shapes = {"rollout_rows": rows, "replay_rows": options.pop("replay_rows", rows)}
+    shapes["replay_steps"] = options.pop("replay_steps", 1)
+    engine = Engine(pipeline, Options(call, sampler, columns=columns, **shapes))
     policy = DiffusionPolicy(engine, all_but_last, **options)
     policy.prepare(prompts)
     return policy, prompts
@@ -102,6 +101,13 @@ def test_the_self_test_passes_in_all_its_parts(tiny, tmp_path):
     assert {"replay", "gradient", "noise off", "batch shape"} <= {finding.name for finding in findings}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny", [row for row in ADDITIONAL if row.differentiable], ids=lambda row: row.name)
+def test_pipelines_of_other_kinds_pass_the_self_test_too(tiny, tmp_path):
+    policy, prompts = policy_of(tiny, tmp_path, guided=True)
+    assert [finding for finding in policy.self_test(prompts) if not finding.ok] == []
+
+
 @pytest.mark.parametrize("tiny", FLOW, ids=lambda row: row.name)
 def test_a_smaller_replay_batch_is_anchored_and_still_exact(tiny, tmp_path):
     policy, prompts = policy_of(tiny, tmp_path, rows=6, replay_rows=2, dtype=torch.bfloat16, sampler=flow_sde)
@@ -109,6 +115,23 @@ def test_a_smaller_replay_batch_is_anchored_and_still_exact(tiny, tmp_path):
     assert trajectory.record["rows"].max() <= 2
     assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
     assert evaluate(policy, trajectory.take(torch.tensor([5, 1, 3]))).log_ratio.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3", "StableDiffusion", "Flux", "ZImage", "WanTwoExperts"])
+def test_steps_that_share_a_forward_give_the_same_gradient_and_stay_exact(name, tmp_path):
+    tiny = NAMED[name]
+    one, prompts = policy_of(tiny, tmp_path, guided=True, dtype=torch.float64)
+    several, _ = policy_of(tiny, tmp_path, guided=True, dtype=torch.float64, replay_steps=3)
+    assert several.engine.options.replay_steps == 3, several.notes
+    gradients = []
+    for policy in (one, several):
+        trajectory, _ = policy.rollout(batch_of(prompts))
+        assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
+        policy.replay(trajectory, lambda chunk: chunk.evaluation.log_ratio.sum().backward())
+        gradients.append(
+            torch.cat([value.grad.flatten() for value in policy.trainable().values() if value.grad is not None])
+        )
+    assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("sampler", [flow_sde, cps, ddim], ids=lambda sampler: sampler.__name__)
