@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmgrpo import checkpoint, objectives, packing
+from mmgrpo import checkpoint, objectives, packing, seeds
 from mmgrpo.data import load_prompts
 from mmgrpo.improve import KL, Loss
 from mmgrpo.recipe import Recipe, build
@@ -50,7 +50,8 @@ class Run:
 
 
 def start(recipe: Recipe) -> Run:
-    """Build every component of a recipe, in its first state."""
+    """Build every component of a recipe, in its first state; seeds the process."""
+    seeds.seed_process(seeds.derive(recipe.seed, "process"))
     policy: Policy = build(recipe.policy, "policy")
     prompts = load_prompts(recipe.prompts.source, **recipe.prompts.options)
     held_out = recipe.evaluation

@@ -1,8 +1,10 @@
 """Seeds from (run seed, global sample id, step), so that results never depend on ranks, batch sizes or call order."""
 
 import hashlib
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,3 +21,10 @@ def normal(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         torch.randn(tuple(shape), dtype=torch.float32, generator=torch.Generator().manual_seed(seed)) for seed in seeds
     ]
     return torch.stack(draws)
+
+
+def seed_process(seed: int) -> None:
+    """Seed every global random generator: Python's, numpy's, torch's on all devices (adapters are initialised by them)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
