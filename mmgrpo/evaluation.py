@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ def means(rewards: Mapping[str, Reward], samples: Samples) -> dict[str, float]:
 def held_out(run: Run) -> dict[str, float]:
     """Mean rewards on the run's held-out prompts, under its averaged weights if it has any."""
     options = run.recipe.evaluation
-    with run.average.applied() if run.average is not None else nullcontext():
+    with run.averaged():
         samples = held_out_samples(run.policy, run.held_out, options.samples, run.recipe.seed)
     return means(run.rewards, samples)
 

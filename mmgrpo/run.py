@@ -1,6 +1,7 @@
 """Everything a training run holds between two iterations, and how it is built, saved and restored."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,10 @@ class Run:
     @property
     def weights(self) -> dict[str, float]:
         return {reward.name: reward.weight for reward in self.recipe.rewards}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The weights that are evaluated and exported: the averages if the run keeps any, else today's."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def learning_rate(self) -> float:
         """Warm-up, then constant or falling to a tenth over the run."""
@@ -121,10 +126,7 @@ def save(run: Run, folder: Path) -> Path:
     facts = {"counters": counters, "optimizer": optimizer.facts, "random": random.facts}
 
     def export(path: Path) -> None:
-        if run.average is None:
-            run.policy.save(path / "model")
-            return
-        with run.average.applied():
+        with run.averaged():
             run.policy.save(path / "model")
 
     return checkpoint.write(folder, run.iteration, tensors, facts, keep=run.recipe.train.keep, extra=export)

@@ -5,7 +5,7 @@ Writes before_after.png, curve.png, summary.json and the aligned weights beside 
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -39,10 +39,12 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     begun = time.perf_counter()
     begin(training, folder)
     seconds = time.perf_counter() - begun
-    after = generated(training)
+    with training.averaged():
+        after = generated(training)
+        training.policy.save(folder / "aligned")
     reached = means(training.rewards, after)
-    training.policy.save(folder / "aligned")
     draw(training, folder, before, after)
+    draw_curve(training, folder, scores)
     summary = {
         "held_out_before": scores["exact"],
         "held_out_after": reached["exact"],
@@ -65,7 +67,7 @@ def generated(training: Run) -> Samples:
 
 
 def draw(training: Run, folder: Path, before: Samples, after: Samples) -> None:
-    """Two samples of every held-out prompt before and after, framed by whether they are exact, and the curves."""
+    """Two samples of every held-out prompt before and after, framed by whether they are exact."""
     count = training.recipe.evaluation.samples
     rows = torch.tensor([row for row in range(len(after)) if row % count < SHOWN])
     old, new = before.take(rows), after.take(rows)
@@ -75,16 +77,24 @@ def draw(training: Run, folder: Path, before: Samples, after: Samples) -> None:
     captions = [prompt.text for prompt in new.prompts]
     picture = pictures.before_after(old.image, new.image, captions, marks[0], marks[1], columns=6, scale=8)
     picture.save(folder / "before_after.png")
+
+
+def draw_curve(training: Run, folder: Path, scores: Mapping[str, float]) -> None:
+    """What rollouts and held-out samples reached, iterations done from left to right; the start is the scores before."""
     lines = journal.read(folder)
     panels = {
-        "exact match": {"rollouts": points(lines, "reward/exact/mean"), "held out": points(lines, "held_out/exact")},
-        "distance to a true rendering": {"held out": points(lines, "held_out/distance")},
+        "exact match": {
+            "rollouts": points(lines, "reward/exact/mean"),
+            "held out": points(lines, "held_out/exact", scores["exact"]),
+        },
+        "distance to a true rendering": {"held out": points(lines, "held_out/distance", scores["distance"])},
     }
     pictures.curve(panels).save(folder / "curve.png")
 
 
-def points(lines: Sequence[journal.Line], name: str) -> tuple[list[float], list[float]]:
-    """The iterations at which a metric was written, and its values."""
-    found = [(line["iteration"], line[name]) for line in lines if name in line]
-    known = [(float(at), float(value)) for at, value in found if at is not None and value is not None]
+def points(lines: Sequence[journal.Line], name: str, start: float | None = None) -> tuple[list[float], list[float]]:
+    """How many iterations were done when a metric was written, and its values; a start stands at 0."""
+    found = [(float(line["iteration"] or 0) + 1, line[name]) for line in lines if name in line]
+    known = [(at, float(value)) for at, value in found if value is not None]
+    known = known if start is None else [(0.0, start), *known]
     return [at for at, _ in known], [value for _, value in known]
