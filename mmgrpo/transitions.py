@@ -188,26 +188,36 @@ def log_density(x: Tensor, gaussian: Gaussian) -> Tensor:
 def log_ratio(
     x: Tensor, new: Gaussian, old: Gaussian, reduction: Reduction = "mean", valid: Tensor | None = None
 ) -> Tensor:
-    """log new(x) - log old(x), two Gaussians of one std; (B, ...) -> (B,) nats per element ("mean") or in all ("sum").
+    """log new(x) - log old(x); (B, ...) -> (B,) nats per element ("mean") or in all ("sum").
 
     Subtracts before it reduces, in at least float32. Deterministic elements and those where `valid` (bool, broadcasts
-    against x) is False do not count, not even in the mean; 0 where none counts. Exactly 0 where the means are equal.
+    against x) is False do not count, not even in the mean; 0 where none counts. Exactly 0 where the two are equal.
     """
-    _require_one_std(new, old)
     same_shape(x=x, new=new.mean, old=old.mean)
     x, new_mean, std, counted = _comparable(x, new.mean, old.std, valid)
-    scale, old_mean = _reciprocal(std), old.mean.to(x.dtype)
-    moved = torch.where(counted, new_mean - old_mean, 0) * scale
-    offset = torch.where(counted, x - (new_mean + old_mean) / 2, 0) * scale
-    return _reduced(moved * offset, counted, reduction)
+    wider, scale, old_mean = _wider(new, std), _reciprocal(std), old.mean.to(x.dtype)
+    new_scale = scale / (1 + wider)
+    from_new = torch.where(counted, x - new_mean, 0) * new_scale
+    from_old = torch.where(counted, x - old_mean, 0) * scale
+    nearer = torch.where(counted, new_mean - old_mean, 0) * scale + from_new * wider  # from_old - from_new
+    return _reduced(nearer * (from_old + from_new) / 2 - torch.where(counted, wider.log1p(), 0), counted, reduction)
 
 
 def kl(new: Gaussian, old: Gaussian, reduction: Reduction = "mean", valid: Tensor | None = None) -> Tensor:
-    """KL(new || old) of two Gaussians of one std, (mean - mean)^2 / (2 std^2); counts and reduces as `log_ratio` does."""
-    _require_one_std(new, old)
+    """KL(new || old), (mean - mean)^2 / (2 std^2) where both have one std; counts and reduces as `log_ratio` does."""
     old_mean, new_mean, std, counted = _comparable(old.mean, new.mean, old.std, valid)
+    wider = _wider(new, std)
     moved = torch.where(counted, new_mean - old_mean, 0) * _reciprocal(std)
-    return _reduced(moved.square() / 2, counted, reduction)
+    spread = torch.where(counted, wider * (2 + wider) / 2 - wider.log1p(), 0)
+    return _reduced(moved.square() / 2 + spread, counted, reduction)
+
+
+def _wider(new: Gaussian, std: Tensor) -> Tensor:
+    """By which share the std of `new` exceeds another; raises ValueError if they are 0 at different elements."""
+    new_std = new.std.to(std)
+    if ((new_std > 0) != (std > 0)).any():
+        raise ValueError(f"two Gaussians of std {_shown(new.std)} and {_shown(std)}; expected the same random elements")
+    return (new_std - std) * _reciprocal(std)
 
 
 def _comparable(x: Tensor, mean: Tensor, std: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -280,11 +290,6 @@ def _require_axes(name: str, tensor: Tensor, x: Tensor) -> None:
     fits = all(have in (1, size) for have, size in zip(tensor.shape, x.shape, strict=False))
     if tensor.dim() not in (0, x.dim()) or not fits:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a scalar or one that fits {tuple(x.shape)}")
-
-
-def _require_one_std(new: Gaussian, old: Gaussian) -> None:
-    if not torch.allclose(new.std.to(old.std), old.std, rtol=1e-4, atol=0):
-        raise ValueError(f"two Gaussians of std {_shown(new.std)} and {_shown(old.std)}; expected one std for both")
 
 
 def _root(value: Tensor) -> Tensor:

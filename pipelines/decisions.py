@@ -27,6 +27,10 @@ class Transition(NamedTuple):
     dt: Tensor  # () positive length of the step in noise level
 
 
+# (scheduler, arguments of its step), before it counts the step -> (model output) -> distribution of the next state
+Kernel = Callable[[SchedulerMixin, Mapping[str, Any]], Callable[[Tensor], Transition]]
+
+
 class Prediction(NamedTuple):
     """What a pipeline gave to `step`: the model's output, or the clean sample where it formed that itself."""
 
@@ -53,6 +57,16 @@ def transition(levels: Levels, sample: Tensor, predicted: Prediction, sampler: S
     step = Step(sample, clean, noise, levels.now, levels.next, levels.second)
     gaussian = ode(step) if sampler is None else sampler(step)
     return Transition(gaussian, clean, (levels.now.sigma - levels.next.sigma).amax())
+
+
+def from_levels(sampler: Sampler | None) -> Kernel:
+    """Steps whose distribution a sampler makes of the noise levels."""
+
+    def kernel(scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> Callable[[Tensor], Transition]:
+        levels, predicted = levels_of(scheduler, arguments), prediction(arguments)
+        return lambda value: transition(levels, arguments["sample"], predicted._replace(value=value), sampler)
+
+    return kernel
 
 
 def checksum(state: Tensor) -> Tensor:

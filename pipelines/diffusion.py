@@ -18,7 +18,9 @@ from torch.nn import Parameter
 from mmgrpo.transitions import Gaussian, Step
 from mmgrpo.types import Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
 from pipelines import selftest, weights
+from pipelines.decisions import from_levels
 from pipelines.engine import Engine, Options
+from pipelines.native import native
 from pipelines.schedulers import quiet, require_supported
 from pipelines.tape import nested_pipelines
 
@@ -56,7 +58,7 @@ class DiffusionPolicy:
             module.eval().requires_grad_(False)  # dropout would turn the ratio into noise
         for scheduler in self.engine.tape.schedulers():
             require_supported(scheduler)
-            self.notes += quiet(scheduler)
+            self.notes += quiet(scheduler, noisy=self.engine.options.kernel is native)
         self.engine.discover(prompts[0], self.train)
         self.notes += weights.make_trainable(self.engine.modules(), self.lora, self.gradient_checkpointing)
         self.engine.measure(prompts[0])
@@ -96,7 +98,7 @@ class DiffusionPolicy:
 def load(
     *,
     model: str,
-    sampler: Callable[[Step], Gaussian],
+    sampler: Callable[[Step], Gaussian] | Literal["native"],
     plan: Plan,
     call: Mapping[str, Any],
     revision: str | None = None,
@@ -117,8 +119,8 @@ def load(
 ) -> DiffusionPolicy:
     """A policy from a diffusers model.
 
-    model: folder or hub name; pipeline: a diffusers class, or "module:Class" of your own. sampler and plan: which steps
-    are stochastic and how. call: arguments of the pipeline's own call (height, num_inference_steps, guidance_scale, ...).
+    model: folder or hub name; pipeline: a diffusers class, or "module:Class" of your own. plan: which steps are
+    stochastic; sampler: how, "native" for the scheduler's own noise. call: arguments of the pipeline's own call (height, num_inference_steps, guidance_scale, ...).
     dtype: of the weights. train: names of trained components, by default those that predict the steps. lora: rank, alpha
     and targets of adapters; without it the components are trained whole. reduction: over the latent elements of a
     decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps of
@@ -129,7 +131,7 @@ def load(
     loaded = pipeline_class(pipeline).from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     options = Options(
         call=call,
-        sampler=sampler,
+        kernel=native if sampler == "native" else from_levels(sampler),
         reduction=reduction,
         rollout_rows=rollout_rows,
         replay_rows=replay_rows,

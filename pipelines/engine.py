@@ -19,10 +19,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from mmgrpo import seeds
-from mmgrpo.transitions import Gaussian, Step
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Samples, Trajectory
 from pipelines import arguments
 from pipelines.batching import Capture, DenoiserCall, doubled, joined, together
+from pipelines.decisions import Kernel
 from pipelines.listeners import Recorder, Replayer, Stub
 from pipelines.memo import Memo
 from pipelines.tape import Discovery, Tape
@@ -33,7 +33,7 @@ class Options:
     """How a pipeline is run as a policy."""
 
     call: Mapping[str, Any]  # arguments of the pipeline's own call
-    sampler: Callable[[Step], Gaussian]
+    kernel: Kernel
     reduction: Literal["mean", "sum"] = "mean"  # over the latent elements of a decision
     rollout_rows: int = 8  # samples in one call of the pipeline
     replay_rows: int = 8  # samples whose graphs are held at once
@@ -152,7 +152,7 @@ class Engine:
     def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
         row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
         keep_outputs = self.stub.kind == "recorded"
-        return Recorder(self.layout.denoisers, self.memo, self.options.sampler, planned, row_seeds, keep_outputs)
+        return Recorder(self.layout.denoisers, self.memo, self.options.kernel, planned, row_seeds, keep_outputs)
 
     def _rate(self) -> int | None:
         """Samples per second of the sound that the pipeline makes, from its decoder's configuration."""
@@ -241,7 +241,7 @@ class Engine:
     ) -> dict[str, Tensor]:
         """One call of the pipeline that evaluates the given steps."""
         replayer = Replayer(
-            self.layout.denoisers, self.memo, self.options.sampler, part.record, steps, self.layout.parts,
+            self.layout.denoisers, self.memo, self.options.kernel, part.record, steps, self.layout.parts,
             self.options.reduction, self.stub, emit, references, supply,
         )  # fmt: skip
         self.run(replayer, part.batch)
@@ -251,7 +251,7 @@ class Engine:
         """The denoiser calls of the given steps, which are not made: their arguments do not depend on their outputs."""
         capture = Capture(self.stub, steps)
         replayer = Replayer(
-            self.layout.denoisers, self.memo, self.options.sampler, part.record, (), self.layout.parts,
+            self.layout.denoisers, self.memo, self.options.kernel, part.record, (), self.layout.parts,
             self.options.reduction, capture, lambda step, evaluation: None, last=max(steps),
         )  # fmt: skip
         with torch.no_grad():

@@ -12,18 +12,7 @@ from mmgrpo import seeds
 from mmgrpo.transitions import Gaussian
 from mmgrpo.types import Evaluation
 from pipelines import structure
-from pipelines.decisions import (
-    Part,
-    Prediction,
-    Reduction,
-    Sampler,
-    Transition,
-    checksum,
-    evaluate,
-    levels_of,
-    prediction,
-    transition,
-)
+from pipelines.decisions import Kernel, Part, Reduction, Transition, checksum, evaluate, from_levels, prediction
 from pipelines.memo import Memo
 from pipelines.schedulers import advance
 from pipelines.tape import Call, Counter, StepResult, Stop
@@ -40,14 +29,14 @@ class Recorder:
         self,
         denoisers: Sequence[str],
         memo: Memo,
-        sampler: Sampler,
+        kernel: Kernel,
         planned: Tensor,
         row_seeds: Sequence[int],
         outputs: bool,
     ) -> None:
         self.denoisers = denoisers
         self.memo = memo
-        self.sampler = sampler
+        self.kernel = kernel
         self.planned = planned  # (S,) bool
         self.row_seeds = row_seeds  # one per row
         self.everything = False  # keep the states of every step
@@ -73,11 +62,10 @@ class Recorder:
         group = self.counter.step()
         if group >= len(self.planned):
             raise ValueError(f"the pipeline took step {group + 1}; expected {len(self.planned)} as in its first run")
-        sampler = self.sampler if self.planned[group] else None
-        sample, predicted = arguments["sample"], prediction(arguments)
-        taken = transition(levels_of(scheduler, arguments), sample, predicted, sampler)
+        sample, output = arguments["sample"], prediction(arguments).value
+        taken = (self.kernel if self.planned[group] else from_levels(None))(scheduler, arguments)(output)
         advance(scheduler, arguments["timestep"])
-        return StepResult(lambda: self._draw(group, sample, predicted.value, taken.gaussian), taken.clean)
+        return StepResult(lambda: self._draw(group, sample, output, taken.gaussian), taken.clean)
 
     def _draw(self, group: int, sample: Tensor, output: Tensor, gaussian: Gaussian) -> Tensor:
         part = self.parts[group]
@@ -109,7 +97,7 @@ class Replayer:
         self,
         denoisers: Sequence[str],
         memo: Memo,
-        sampler: Sampler,
+        kernel: Kernel,
         record: Mapping[str, Tensor],
         wanted: Sequence[int],
         parts: Mapping[int, int],
@@ -122,7 +110,7 @@ class Replayer:
     ) -> None:
         self.denoisers = denoisers
         self.memo = memo
-        self.sampler = sampler
+        self.kernel = kernel
         self.record = record  # each (b, ...)
         self.wanted = wanted  # groups
         self.parts = parts  # group -> steps that make its decision
@@ -153,20 +141,19 @@ class Replayer:
 
     def step(self, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> StepResult:
         group = self.counter.step()
-        sample, predicted = arguments["sample"], prediction(arguments)
+        sample, output = arguments["sample"], prediction(arguments).value
         if group not in self.wanted:
             advance(scheduler, arguments["timestep"])
             return StepResult(lambda: self._skipped(group, sample), sample)
-        levels = levels_of(scheduler, arguments)
-        taken = transition(levels, sample, predicted, self.sampler)
+        step = self.kernel(scheduler, arguments)
+        taken = step(output)
         advance(scheduler, arguments["timestep"])
 
         def old(values: Tensor) -> Gaussian:
-            before = Prediction(values.reshape(predicted.value.shape).to(predicted.value), predicted.clean)
             with torch.no_grad():
-                return transition(levels, sample, before, self.sampler).gaussian
+                return step(values.reshape(output.shape).to(output)).gaussian
 
-        return StepResult(lambda: self._evaluate(group, sample, predicted.value, taken, old), taken.clean)
+        return StepResult(lambda: self._evaluate(group, sample, output, taken, old), taken.clean)
 
     def _skipped(self, group: int, sample: Tensor) -> Tensor:
         state = self._forced(group, sample)

@@ -124,10 +124,14 @@ def require_supported(scheduler: SchedulerMixin) -> None:
         raise Unsupported(f"{name} with prediction_type {kind!r} is not a flow: expected 'flow_prediction'")
 
 
-def quiet(scheduler: SchedulerMixin) -> list[str]:
-    """Switch off, in the scheduler's config, what a Gaussian step must not have; one line for each thing switched off."""
-    clips = not isinstance(scheduler, _UNCLIPPED)
-    on = [name for name in OFF if scheduler.config.get(name) and (clips or name != "clip_sample")]
+def quiet(scheduler: SchedulerMixin, *, noisy: bool = False) -> list[str]:
+    """Switch off, in the scheduler's config, what a Gaussian step must not have; one line for each thing switched off.
+
+    A policy that asks the scheduler for its own noise is `noisy` and leaves that on.
+    """
+    kept = {"stochastic_sampling"} if noisy else set()
+    kept |= {"clip_sample"} if isinstance(scheduler, _UNCLIPPED) else set()
+    on = [name for name in OFF if scheduler.config.get(name) and name not in kept]
     scheduler.register_to_config(**dict.fromkeys(on, False))
     return [f"{type(scheduler).__name__}: {name} switched off ({OFF[name]})" for name in on]
 

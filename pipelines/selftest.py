@@ -47,7 +47,7 @@ def settle(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
     each with denoisers of unwanted steps replaced by zeros, by their recorded outputs, or run, and with rows anywhere in
     a call or at their recorded place. Raises ValueError with what differed and at which step if none does.
     """
-    tried: list[str] = []
+    tried: dict[str, str] = {}  # way -> why it does not replay exactly
     asked_steps = engine.options.replay_steps
     engine.options = replace(engine.options, replay_steps=1)
     for form, mixed in ways(engine):
@@ -62,11 +62,12 @@ def settle(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
                 )
                 return [
                     f"replay: {way}, unwanted steps {engine.stub.kind}",
-                    *tried,
+                    *(f"not {way}: {reason}" for way, reason in tried.items()),
                     *share_forward(engine, asked, asked_steps),
                 ]
-            tried.append(f"not {form}{', mixed' if mixed else ''}, unwanted steps {engine.stub.kind}: {reason}")
-    raise ValueError(f"{type(engine.pipeline).__name__} cannot be replayed exactly: " + "; ".join(tried))
+            tried[f"{form}{', mixed' if mixed else ''}, unwanted steps {engine.stub.kind}"] = reason
+    same = set(tried.values()) if len(set(tried.values())) == 1 else [f"{way}: {why}" for way, why in tried.items()]
+    raise ValueError(f"{type(engine.pipeline).__name__} cannot be replayed exactly: {'; '.join(same)}")
 
 
 def attempt(engine: Engine, batch: Batch) -> str | None:

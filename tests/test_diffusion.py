@@ -1,73 +1,20 @@
 """Every tiny diffusers pipeline is a policy without code of its own: recorded and replayed exactly, trained, saved."""
 
-from pathlib import Path
-
-import diffusers
 import pytest
 import torch
-from PIL import Image
-from tiny_pipelines import ADDITIONAL, REQUIRED, TinyPipeline
-from torch import Tensor
+from tiny_pipelines import ADDITIONAL, REQUIRED
+from tiny_pipelines.policy import NAMED, batch_of, policy_of, prompts_of
 
-from mmgrpo.data import requests
 from mmgrpo.improve import evaluate
 from mmgrpo.schedules import all_but_last
 from mmgrpo.shadow import Reference
 from mmgrpo.transitions import cps, ddim, flow_sde
-from mmgrpo.types import Batch, Prompt
+from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.engine import Engine, Options
 from pipelines.listeners import ReplayMismatch
 
 FLOW = [row for row in REQUIRED if row.name in ("StableDiffusion3", "Flux", "LTX")]
-NAMED = {row.name: row for row in (*REQUIRED, *ADDITIONAL)}
-
-
-def prompts_of(tiny: TinyPipeline, folder: Path) -> tuple[list[Prompt], tuple[str, ...]]:
-    """The row's prompts as rows of a data set, its pictures as files, and the columns that go to the call."""
-    prompts, columns = [], set()
-    for number, text in enumerate(tiny.prompts):
-        media, inputs, further = {}, {}, {}
-        for name, value in tiny.media(number).items():
-            if isinstance(value, Image.Image):
-                media[name] = folder / f"{name}{number}.png"
-                value.save(media[name])
-            elif isinstance(value, Tensor):
-                inputs[name] = value[0]
-            else:
-                further[name] = value
-        if tiny.prompt_key not in ("prompt", None):
-            further[str(tiny.prompt_key)] = text
-        columns |= set(further)
-        prompts.append(Prompt(number, str(text), media, None, further, inputs))
-    return prompts, tuple(sorted(columns))
-
-
-def policy_of(
-    tiny: TinyPipeline,
-    folder: Path,
-    *,
-    guided: bool = False,
-    dtype=torch.float32,
-    sampler=ddim,
-    rows: int = 3,
-    **options,
-) -> tuple[DiffusionPolicy, list[Prompt]]:
-    diffusers.logging.set_verbosity_error()
-    pipeline = tiny.build().to(dtype)
-    call = {**tiny.call, **tiny.switch(guided)}
-    call.pop("output_type", None)
-    prompts, columns = prompts_of(tiny, folder)
-    shapes = {"rollout_rows": rows, "replay_rows": options.pop("replay_rows", rows)}
-    shapes["replay_steps"] = options.pop("replay_steps", 1)
-    engine = Engine(pipeline, Options(call, sampler, columns=columns, **shapes))
-    policy = DiffusionPolicy(engine, all_but_last, **options)
-    policy.prepare(prompts)
-    return policy, prompts
-
-
-def batch_of(prompts: list[Prompt], group_size: int = 3) -> Batch:
-    return requests(prompts, [0, 1], group_size=group_size, seed=5, iteration=0)
 
 
 @pytest.mark.slow
@@ -110,7 +57,9 @@ def test_pipelines_of_other_kinds_pass_the_self_test_too(tiny, tmp_path):
 
 @pytest.mark.parametrize("tiny", FLOW, ids=lambda row: row.name)
 def test_a_smaller_replay_batch_is_anchored_and_still_exact(tiny, tmp_path):
-    policy, prompts = policy_of(tiny, tmp_path, rows=6, replay_rows=2, dtype=torch.bfloat16, sampler=flow_sde)
+    policy, prompts = policy_of(
+        tiny, tmp_path, rows=6, replay_rows=2, dtype=torch.bfloat16, kernel=from_levels(flow_sde)
+    )
     trajectory, _ = policy.rollout(batch_of(prompts))
     assert trajectory.record["rows"].max() <= 2
     assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
@@ -136,7 +85,7 @@ def test_steps_that_share_a_forward_give_the_same_gradient_and_stay_exact(name, 
 
 @pytest.mark.parametrize("sampler", [flow_sde, cps, ddim], ids=lambda sampler: sampler.__name__)
 def test_a_sample_depends_on_its_id_alone_and_not_on_the_batch_around_it(sampler, tmp_path):
-    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, sampler=sampler)
+    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, kernel=from_levels(sampler))
     batch = batch_of(prompts)
     _, whole = policy.rollout(batch)
     _, again = policy.rollout(batch)
@@ -147,7 +96,7 @@ def test_a_sample_depends_on_its_id_alone_and_not_on_the_batch_around_it(sampler
 
 
 def test_a_reference_that_is_the_policy_itself_has_no_kl_and_one_that_is_not_has(tmp_path):
-    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, sampler=flow_sde)
+    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, kernel=from_levels(flow_sde))
     reference = Reference("frozen", policy.trainable())
     trajectory, _ = policy.rollout(batch_of(prompts))
     assert evaluate(policy, trajectory, reference).kl.abs().max() == 0
@@ -161,7 +110,9 @@ def test_a_reference_that_is_the_policy_itself_has_no_kl_and_one_that_is_not_has
 
 def test_adapters_train_and_load_back_into_a_plain_pipeline(tmp_path):
     tiny = NAMED["StableDiffusion3"]
-    policy, prompts = policy_of(tiny, tmp_path, lora={"rank": 2}, sampler=flow_sde, gradient_checkpointing=True)
+    policy, prompts = policy_of(
+        tiny, tmp_path, lora={"rank": 2}, kernel=from_levels(flow_sde), gradient_checkpointing=True
+    )
     trajectory, _ = policy.rollout(batch_of(prompts))
     assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
     with torch.no_grad():
@@ -199,7 +150,7 @@ def test_dropout_in_a_freshly_built_module_does_not_reach_the_ratio(tmp_path):
             module.p = 0.5
     pipeline.unet.train()
     call = {name: value for name, value in tiny.call.items() if name != "output_type"}
-    policy = DiffusionPolicy(Engine(pipeline, Options(call, ddim, rollout_rows=2)), all_but_last)
+    policy = DiffusionPolicy(Engine(pipeline, Options(call, from_levels(ddim), rollout_rows=2)), all_but_last)
     prompts, _ = prompts_of(tiny, tmp_path)
     policy.prepare(prompts)
     trajectory, _ = policy.rollout(batch_of(prompts))
@@ -207,7 +158,7 @@ def test_dropout_in_a_freshly_built_module_does_not_reach_the_ratio(tmp_path):
 
 
 def test_another_state_than_the_recorded_one_is_refused_with_its_step(tmp_path):
-    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, sampler=flow_sde)
+    policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, kernel=from_levels(flow_sde))
     trajectory, _ = policy.rollout(batch_of(prompts))
     trajectory.record["next.0.0"].mul_(1.01)
     with pytest.raises(ReplayMismatch, match="step 1: the replay's input state differs"):
@@ -217,4 +168,4 @@ def test_another_state_than_the_recorded_one_is_refused_with_its_step(tmp_path):
 def test_a_wrong_call_argument_is_refused_with_the_nearest_name():
     tiny = NAMED["StableDiffusion3"]
     with pytest.raises(ValueError, match=r"policy.call.guidance_scael: .* did you mean 'guidance_scale'"):
-        Engine(tiny.build(), Options({"guidance_scael": 3.0}, flow_sde))
+        Engine(tiny.build(), Options({"guidance_scael": 3.0}, from_levels(flow_sde)))

@@ -128,6 +128,11 @@ def test_a_check_of_the_demo_finds_nothing_wrong_and_a_spread_to_learn_from():
     assert "on-policy" in " ".join(report.lines)
 
 
+def test_a_scheduler_without_noise_of_its_own_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="^TinyImagePipeline cannot be replayed exactly: no step is stochastic$"):
+        start(recipe("policy.sampler='native'", "policy.rollout_rows=2"))
+
+
 def test_evaluation_with_a_checkpoint_uses_its_averaged_weights(tmp_path):
     train(recipe("train.iterations=1"), tmp_path / "run")
     (tmp_path / "before").mkdir()

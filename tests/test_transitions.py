@@ -712,10 +712,25 @@ def test_garbage_in_elements_that_do_not_count_reaches_neither_value_nor_gradien
     assert torch.isfinite(mean.grad).all() and (mean.grad[:, 1:] == 0).all() and (mean.grad[:, 0] != 0).all()
 
 
+@pytest.mark.parametrize("widths", [(0.4, 0.4), (0.4, 0.3), (0.2, 0.9)])
+def test_two_gaussians_of_any_widths_compare_as_their_densities_do(widths: tuple[float, float]) -> None:
+    step = random_step((3, 5))
+    new_std = torch.full((3, 5), widths[0], dtype=F64, requires_grad=True)
+    new, old = Gaussian(step.noise, new_std), Gaussian(step.clean, numbers(widths[1]).reshape(1, 1))
+    theirs = [torch.distributions.Normal(gaussian.mean, gaussian.std.expand(3, 5)) for gaussian in (new, old)]
+    expected = (theirs[0].log_prob(step.x) - theirs[1].log_prob(step.x)).sum(1)
+    torch.testing.assert_close(log_ratio(step.x, new, old, "sum"), expected)
+    torch.testing.assert_close(kl(new, old, "sum"), torch.distributions.kl_divergence(*theirs).sum(1))
+    torch.testing.assert_close(
+        torch.autograd.grad(log_ratio(step.x, new, old, "sum").sum(), new_std),
+        torch.autograd.grad(expected.sum(), new_std),
+    )
+
+
 def test_mistaken_comparisons_are_refused() -> None:
     x, std = torch.zeros(2, 2), torch.tensor(0.5)
-    with pytest.raises(ValueError, match="one std"):
-        kl(Gaussian(x, std), Gaussian(x, 2 * std))
+    with pytest.raises(ValueError, match="the same random elements"):
+        kl(Gaussian(x, std), Gaussian(x, 0 * std))
     with pytest.raises(ValueError, match=r"std has shape \(2,\)"):
         log_ratio(x, Gaussian(x, std.expand(2)), Gaussian(x, std.expand(2)))
     with pytest.raises(ValueError, match="new has shape"):

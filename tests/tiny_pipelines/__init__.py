@@ -10,6 +10,7 @@ image_embedding  pictures from image embeddings and class labels; two pipelines 
 video            text and image to video
 video_more       audio-video, per-frame noise levels, a variance-exploding video model
 audio            text to audio
+policy           rows as policies
 """
 
 from . import audio, edit, image_dit, image_embedding, image_flow, unet, video, video_more
