@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from mmgrpo.objectives import weighted_sum
+from mmgrpo.objectives import masked, weighted_sum
 from mmgrpo.types import Chunk, Evaluation, Policy, Reference, Trajectory, require_shape, same_shape
 
 Objective = Callable[[Evaluation, Tensor], Tensor]  # (b, s) evaluation, (b, s) advantages -> (b, s) losses
@@ -61,14 +61,13 @@ class Measured:
 
 def slopes(evaluation: Evaluation, advantages: Tensor, weights: Tensor, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its derivative by each field of the evaluation, on detached leaves; raises NonFiniteError."""
-    leaves = {
-        name: value.detach().requires_grad_(name not in CONSTANTS) for name, value in evaluation.tensors().items()
-    }
+    trained = masked(evaluation, weights.ne(0))  # the others may hold anything, infinities included
+    leaves = {name: value.detach().requires_grad_(name not in CONSTANTS) for name, value in trained.tensors().items()}
     with torch.enable_grad():
         terms = loss.terms(Evaluation(**leaves), advantages, weights)
         total = torch.stack(list(terms.values())).sum()
     for name, term in terms.items():
-        require_finite(name, term, evaluation)
+        require_finite(name, term, trained)
     varied = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     found = torch.autograd.grad(total, list(varied.values()), allow_unused=True)
     return total.detach(), {name: slope for name, slope in zip(varied, found, strict=True) if slope is not None}

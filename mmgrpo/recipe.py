@@ -110,6 +110,7 @@ class Train:
     save_every: Count = 50  # iterations
     evaluate_every: Natural = 0  # iterations; 0 is never
     keep: Count = 3  # newest checkpoints that stay on disk
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)  # beside metrics.jsonl
 
 
 @dataclass(frozen=True)

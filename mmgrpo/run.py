@@ -42,6 +42,11 @@ class Run:
     def weights(self) -> dict[str, float]:
         return {reward.name: reward.weight for reward in self.recipe.rewards}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the trained weights are."""
+        return next(iter(self.policy.trainable().values())).device
+
     def averaged(self) -> AbstractContextManager[None]:
         """The weights that are evaluated and exported: the averages if the run keeps any, else today's."""
         return nullcontext() if self.average is None else self.average.applied()

@@ -46,7 +46,8 @@ def resume(folder: Path) -> Run:
 def loop(run: Run, folder: Path) -> Run:
     """Iterate to the end of the recipe, or to the next interrupt, which is saved and raised as Interrupted."""
     options = run.recipe.train
-    with Journal(folder, resume_at=run.iteration) as journal, listening() as interrupts, progress() as bar:
+    written = Journal(folder, resume_at=run.iteration, trackers=options.trackers)
+    with written as journal, listening() as interrupts, progress() as bar:
         task = bar.add_task("align", total=options.iterations, completed=run.iteration, note="")
         while run.iteration < options.iterations:
             metrics = guarded_iteration(run, folder)
@@ -86,7 +87,7 @@ def guarded_iteration(run: Run, folder: Path) -> dict[str, float]:
 
 def iteration(run: Run) -> dict[str, float]:
     """One rollout and the updates made from it; -> metrics."""
-    phases, options = Stopwatch(), run.recipe.train
+    phases, options = Stopwatch(run.device), run.recipe.train
     batch = requests(
         run.prompts,
         choose(len(run.prompts), options.prompts, run.recipe.seed, run.iteration),
@@ -107,7 +108,7 @@ def iteration(run: Run) -> dict[str, float]:
     compared = {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     seconds = phases.take()
     speed = {"samples_per_second": len(batch) / sum(seconds.values())}
-    return metrics | judged | compared | seconds | speed | peak_memory()
+    return metrics | judged | compared | seconds | speed | peak_memory(run.device)
 
 
 def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mmgrpo.data import requests
-from mmgrpo.improve import Loss, NonFiniteError, accumulate
+from mmgrpo.improve import Loss, NonFiniteError, accumulate, slopes
 from mmgrpo.objectives import clipped, guarded, reinforce, seq_mean
 from mmgrpo.selection import extremes, minibatches
 from mmgrpo.transitions import Gaussian, kl, log_ratio
@@ -144,6 +144,21 @@ def test_a_loss_that_is_not_finite_names_its_term_and_decision():
     trajectory.record["next"][3, 1] = torch.nan
     with pytest.raises(NonFiniteError, match=r"objective term is nan: log_ratio at \(sample, decision\) \[\[3, 1\]\]"):
         accumulate(policy, trajectory, torch.ones(B, S), seq_mean(trajectory.mask), LOSSES["reinforce"])
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("coupled")])
+def test_what_untrained_decisions_hold_reaches_neither_the_loss_nor_its_slopes(name):
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    mask[1, 2] = False
+    found = []
+    for garbage in (0.0, torch.inf, torch.nan):
+        values = torch.full((2, 3), 0.1).masked_fill(~mask, garbage)
+        evaluation = Evaluation(values, kl=values, drift=values, step_std=values, dt=values)
+        found.append(slopes(evaluation, torch.ones(2, 3), seq_mean(mask), LOSSES[name]))
+    assert torch.isfinite(found[0][0])
+    for total, slope in found:
+        assert total == found[0][0]
+        assert all(torch.equal(slope[key], found[0][1][key]) and slope[key][1, 2] == 0 for key in slope)
 
 
 def test_minibatches_keep_groups_whole_and_use_every_row_once():

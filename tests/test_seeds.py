@@ -1,11 +1,13 @@
 """Seeds give every sample and step noise of its own, whatever batch it is drawn in."""
 
 import itertools
+import random
 
+import numpy as np
 import pytest
 import torch
 
-from mmgrpo.seeds import derive, normal
+from mmgrpo.seeds import derive, normal, seed_process
 
 SHAPE = (4, 16, 16)
 
@@ -75,3 +77,20 @@ def test_equal_seeds_give_equal_noise_as_float32_on_the_cpu():
     noise = normal([5, 5, 6], SHAPE)
     assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
     assert (noise.dtype, noise.device.type, noise.shape) == (torch.float32, "cpu", (3, *SHAPE))
+
+
+def test_the_noise_is_float32_whatever_torch_makes_by_default() -> None:
+    usual = normal([1, 2], SHAPE)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(normal([1, 2], SHAPE), usual)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_seeded_process_repeats_every_global_generator() -> None:
+    drawn = []
+    for _ in range(2):
+        seed_process(derive(3, "process"))
+        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+    assert drawn[0] == drawn[1]
