@@ -85,3 +85,9 @@ def test_a_planted_import_in_the_mathematics_is_found() -> None:
     allowed = "import math\nimport torch.nn.functional\nfrom mmgrpo.types import Feedback\n"
     assert inner_crossings(allowed) == set()
     assert inner_crossings(allowed + "from mmgrpo import trainer\nimport numpy") == {"mmgrpo.trainer", "numpy"}
+
+
+def test_the_readme_has_a_line_for_every_file() -> None:
+    tree = (ROOT / "README.md").read_text().split("```")[3]
+    lines = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    assert {path.name for path in FILES if path.name != "__init__.py"} <= lines
