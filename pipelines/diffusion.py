@@ -127,6 +127,8 @@ def load(
     these samples in one forward of a replay. same_noise: start noise shared inside a group. columns: of
     the data, passed to the call. cache: folder in which encodings are kept between runs.
     """
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        raise ValueError(f"policy.model is {model!r}, and there is no such folder")
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = pipeline_class(pipeline).from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     options = Options(
