@@ -22,9 +22,12 @@ from transformers import CLIPConfig, CLIPModel, T5Config, T5EncoderModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mmgrpo import checkpoint, journal, recipe
+from mmgrpo.check import updates_survive
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
 from mmgrpo.trainer import begin
+
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # FLUX's norms under autocast
 
 FOLDER = Path(str(files("pipelines") / "recipes"))
 NAMED = {row.name: row for row in (*REQUIRED, *ADDITIONAL)}
@@ -129,7 +132,6 @@ def with_something_to_learn(made: Recipe) -> Recipe:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # FLUX's norms under autocast
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_shipped_recipe_passes_its_check_trains_and_saves_what_a_plain_pipeline_loads(case, places, tmp_path):
     diffusers.logging.set_verbosity_error()
@@ -150,6 +152,17 @@ def test_a_shipped_recipe_passes_its_check_trains_and_saves_what_a_plain_pipelin
     saved = checkpoint.latest(folder)
     assert saved is not None
     same_weights(run, plain_pipeline(run, model, saved / "model"))
+
+
+def test_whole_weights_in_bfloat16_are_refused_where_the_learning_rate_rounds_away(places, tmp_path):
+    case = next(case for case in CASES if case.name == "flux_dev_pickscore_window")
+    NAMED[case.tiny].build().save_pretrained(tmp_path / "model")
+    exact = small(case, tmp_path / "model", prompts_file(tmp_path), places)
+    rounded = replace(exact, policy={**exact.policy, "dtype": "bfloat16"})
+    assert updates_survive(start(exact)).ok
+    found = updates_survive(start(rounded))
+    assert not found.ok
+    assert "the learning rate 1e-05 moves" in found.detail
 
 
 def plain_pipeline(run: Run, model: Path, saved: Path) -> DiffusionPipeline:
