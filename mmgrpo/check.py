@@ -53,7 +53,8 @@ def examine(run: Run) -> Report:
     """Everything that must hold at the start of a run."""
     findings = run.policy.self_test(run.prompts[:4])
     trajectory, samples = run.policy.rollout(probe(run))
-    findings += [trained_decisions(trajectory), *objective_pulls(run, trajectory), *rewards_are_sound(run, samples)]
+    findings += [trained_decisions(trajectory), *objective_pulls(run, trajectory), updates_survive(run)]
+    findings += rewards_are_sound(run, samples)
     return Report(tuple(findings))
 
 
@@ -87,6 +88,15 @@ def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
         Finding(worst == 0, "on-policy", f"largest |log-ratio| {worst:.1e}; expected exactly 0"),
         Finding(bool(norm > 0 and norm.isfinite()), "gradient of the loss", f"norm {float(norm):.3e}"),
     ]
+
+
+def updates_survive(run: Run) -> Finding:
+    """A step as long as the learning rate, about Adam's, moves most weights: in bfloat16 small ones are rounded away."""
+    rate, trained = run.recipe.optimizer.learning_rate, run.policy.trainable().values()
+    moved = sum(int((value.detach() + rate != value).sum()) for value in trained)
+    share = moved / sum(value.numel() for value in trained)
+    detail = f"a step of the learning rate {rate:g} moves {share:.0%} of the trained weights"
+    return Finding(share > 0.5, "rounding", detail if share > 0.5 else f"{detail}; expected most, as in float32")
 
 
 def rewards_are_sound(run: Run, samples: Samples) -> list[Finding]:
