@@ -1,0 +1,27 @@
+"""The README's own example runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmgrpo.recipe import load
+from mmgrpo.trainer import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+def test_the_example_of_another_pipeline_and_reward_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "mine.py").write_text(block("python"))
+    (tmp_path / "mine.toml").write_text(block("toml"))
+    run = train(load(tmp_path / "mine.toml", ["train.iterations=1", "train.prompts=2"]), tmp_path / "run")
+    assert run.iteration == 1
+    assert list(run.rewards) == ["redness"]
