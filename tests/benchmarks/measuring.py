@@ -182,6 +182,7 @@ class Pairs(NamedTuple):
     ratio: float  # median over the pairs
     low: float  # quartiles of the ratio
     high: float
+    fastest: float  # shortest time of the first over the shortest of the second
     seconds: float  # of the first, median
     against: float  # seconds of the second, median
 
@@ -189,23 +190,27 @@ class Pairs(NamedTuple):
 def paired(first: Callable[[], None], second: Callable[[], None], pairs: int, device: torch.device) -> Pairs:
     """Time two things in turns, the order swapped from pair to pair, so that a busy machine slows both alike."""
     first(), second()  # kernels are chosen and memory is allocated at the first run
-    found = []
+    ones, others = [], []
     for number in range(pairs):
-        order = (first, second) if number % 2 == 0 else (second, first)
-        times = [seconds(work, device) for work in order]
-        found.append(times if number % 2 == 0 else times[::-1])
-    ratios = [one / other for one, other in found]
-    low, _, high = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
-    return Pairs(statistics.median(ratios), low, high, *map(statistics.median, zip(*found, strict=True)))
+        turns = ((first, ones), (second, others))
+        for work, times in turns if number % 2 == 0 else turns[::-1]:
+            times.append(seconds(work, device))
+    ratios = [one / other for one, other in zip(ones, others, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if pairs > 1 else ratios * 3
+    return Pairs(middle, low, high, min(ones) / min(others), statistics.median(ones), statistics.median(others))
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Wall-clock seconds of one run, the accelerator's work included."""
+    """Seconds of one run: on CUDA by the wall clock, the device's work included; on a CPU those of this process alone.
+
+    Processor seconds hardly feel what else the machine is doing; with one thread and an idle machine they are the clock's.
+    """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     work()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def synchronize(device: torch.device) -> None:
@@ -242,9 +247,9 @@ ON_CPU = {
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of one large matrix product, the most that this device shows."""
-    side = 8192 if device.type == "cuda" else 1024
+    side = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    times = [seconds(lambda: torch.mm(left, right), device) for _ in range(20)]
+    times = [seconds(lambda: torch.mm(left, right), device) for _ in range(10)]
     return 2 * side**3 / min(times)
 
 
