@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mmgrpo import recipe, trainer
+from mmgrpo.advantages import standardized
 from mmgrpo.data import requests
 from mmgrpo.improve import Loss
 from mmgrpo.journal import peak_memory
@@ -147,27 +148,25 @@ def group(bench: Bench, samples: int) -> Batch:
     return requests(bench.prompts, [0], group_size=samples, seed=0, iteration=0)
 
 
-def updater(bench: Bench) -> Callable[[Trajectory], None]:
-    """The trainer's own update from a whole trajectory, under random advantages; it steps AdamW once."""
-    policy = bench.policy
+def started(bench: Bench) -> Run:
+    """A run of the trainer that needs no reward: AdamW, the clipped objective, no reference."""
     settings = recipe.Recipe(
         seed=0, policy={}, prompts=recipe.Prompts(""), rewards=(), advantage={}, objective={}, loss=recipe.Loss(),
         reference=recipe.Reference(), ema=recipe.Ema(), optimizer=recipe.Optimizer(1e-6),
         train=recipe.Train(iterations=1, prompts=1, group_size=2), evaluation=recipe.Evaluation(""),
     )  # fmt: skip
-    run = Run(
-        recipe=settings, policy=policy, prompts=bench.prompts, held_out=[], rewards={}, loss=Loss(clipped),
-        compare=lambda feedback: trainer.Advantage(feedback.total(), torch.ones_like(feedback.group).bool()),
-        aggregate=seq_mean, reference=Reference("none", policy.trainable()), average=None,
-        optimizer=torch.optim.AdamW(policy.trainable().values(), 1e-6, fused=True),
+    trained = bench.policy.trainable()
+    return Run(
+        recipe=settings, policy=bench.policy, prompts=bench.prompts, held_out=[], rewards={}, compare=standardized,
+        loss=Loss(clipped), aggregate=seq_mean, reference=Reference("none", trained), average=None,
+        optimizer=torch.optim.AdamW(trained.values(), 1e-6, fused=True),
     )  # fmt: skip
 
-    def update(trajectory: Trajectory) -> None:
-        values = advantages(trajectory)
-        rows = torch.arange(len(trajectory))
-        trainer.update(run, trajectory, values, torch.ones(len(trajectory), dtype=torch.bool), rows)
 
-    return update
+def update(run: Run, trajectory: Trajectory) -> None:
+    """The trainer's own update from all rows of a trajectory, under random advantages."""
+    rows = torch.arange(len(trajectory))
+    trainer.update(run, trajectory, advantages(trajectory), torch.ones(len(trajectory), dtype=torch.bool), rows)
 
 
 def advantages(trajectory: Trajectory) -> Tensor:

@@ -7,7 +7,21 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 
-from .measuring import Bench, built, exponent, group, options, report, seconds, throughput, updater, with_decisions
+from mmgrpo.run import Run
+
+from .measuring import (
+    Bench,
+    built,
+    exponent,
+    group,
+    options,
+    report,
+    seconds,
+    started,
+    throughput,
+    update,
+    with_decisions,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     fewest_samples, fewest_decisions = min(asked.samples), min(asked.decisions)
     points = [(samples, fewest_decisions) for samples in asked.samples]
     points += [(fewest_samples, decisions) for decisions in asked.decisions if decisions != fewest_decisions]
-    taken = times(bench, points, asked.rounds)
+    run = started(bench)
+    taken = times(bench, run, points, asked.rounds)
     by_samples = {samples: taken[samples, fewest_decisions] for samples in asked.samples}
     by_decisions = {decisions: taken[fewest_samples, decisions] for decisions in asked.decisions}
-    last = points[0]
-    trajectory, _ = with_decisions(bench, last[1]).policy.rollout(group(bench, last[0]))
-    rates = throughput(partial(updater(bench), trajectory), taken[last], last[0], bench)
+    samples, decisions = points[0]
+    trajectory, _ = with_decisions(bench, decisions).policy.rollout(group(bench, samples))
+    rates = throughput(partial(update, run, trajectory), taken[points[0]], samples, bench)
     figures = {
         "seconds_by_samples": by_samples,
         "seconds_by_decisions": by_decisions,
@@ -35,14 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     report("scaling", bench, figures | rates)
 
 
-def times(bench: Bench, points: Sequence[tuple[int, int]], rounds: int) -> dict[tuple[int, int], float]:
+def times(bench: Bench, run: Run, points: Sequence[tuple[int, int]], rounds: int) -> dict[tuple[int, int], float]:
     """Median seconds of an update at each (samples, decisions); every round visits every point."""
-    update = updater(bench)
     found: dict[tuple[int, int], list[float]] = {point: [] for point in points}
     for number in range(rounds + 1):
         for samples, decisions in points if number else points[:1]:  # the first round is a warm-up
             trajectory, _ = with_decisions(bench, decisions).policy.rollout(group(bench, samples))
-            taken = seconds(partial(update, trajectory), bench.device)
+            taken = seconds(partial(update, run, trajectory), bench.device)
             if number:
                 found[samples, decisions].append(taken)
     return {point: statistics.median(values) for point, values in found.items()}
