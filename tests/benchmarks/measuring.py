@@ -188,7 +188,8 @@ class Pairs(NamedTuple):
 
 def paired(first: Callable[[], None], second: Callable[[], None], pairs: int, device: torch.device) -> Pairs:
     """Time two things in turns, the order swapped from pair to pair, so that a busy machine slows both alike."""
-    first(), second()  # kernels are chosen and memory is allocated at the first run
+    for work in (first, second):
+        work()  # kernels are chosen and memory is allocated at the first run
     ones, others = [], []
     for number in range(pairs):
         turns = ((first, ones), (second, others))
@@ -202,7 +203,7 @@ def paired(first: Callable[[], None], second: Callable[[], None], pairs: int, de
 def seconds(work: Callable[[], None], device: torch.device) -> float:
     """Seconds of one run: on CUDA by the wall clock, the device's work included; on a CPU those of this process alone.
 
-    Processor seconds hardly feel what else the machine is doing; with one thread and an idle machine they are the clock's.
+    Processor seconds depend less on what else the machine does; with one thread on an idle machine they are the clock's.
     """
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     synchronize(device)
