@@ -224,7 +224,7 @@ class Engine:
         """Steps evaluated in one forward of the denoiser, between a run that captures and one that uses it."""
         listed = steps.tolist()
         calls = self._captured(part, listed)
-        with autocast(self.pipeline.device.type, self.options.autocast):
+        with autocast(self.pipeline, self.options.autocast):
             supply = together(calls, partial(self._captured, doubled(part), listed))
         found: list[Evaluation] = []
         outputs = self._replay_steps(part, listed, lambda step, value: found.append(value), references, supply)
@@ -296,7 +296,7 @@ class Engine:
             self.pipeline, batch.prompts, generators, self.options.call, self.options.columns,
             form or self.layout.form,
         )  # fmt: skip
-        with autocast(self.pipeline.device.type, self.options.autocast):
+        with autocast(self.pipeline, self.options.autocast):
             return self.tape.run(listener, asked, seeds.derive(batch.seed, "global", batch.iteration))
 
     def _calls(self, batch: Batch, sizes: Tensor, kinds: Tensor | None = None) -> Iterator[Tensor]:
@@ -315,11 +315,11 @@ def one_step(emit: Callable[[Tensor, Evaluation], None], step: int, evaluation: 
     emit(torch.tensor([step]), evaluation)
 
 
-def autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def autocast(pipeline: DiffusionPipeline, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Mixed precision for one call of the pipeline; cached casts would lose the gradient of weights first used without it."""
     if dtype is None:
-        return nullcontext()
-    return torch.autocast(device, dtype, cache_enabled=not torch.is_grad_enabled())
+        return nullcontext()  # to ask a pipeline for its device is a walk over all modules
+    return torch.autocast(pipeline.device.type, dtype, cache_enabled=not torch.is_grad_enabled())
 
 
 def join(pieces: Sequence[Samples], batch: Batch, order: Tensor) -> Samples:

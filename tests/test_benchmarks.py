@@ -1,0 +1,54 @@
+"""Every benchmark runs at its smallest size and ends with one JSON line; what it measures there means nothing."""
+
+import json
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+from benchmarks import policy_overhead, replay_batching, scaling, update_memory
+
+ABOUT = {"benchmark", "device", "dtype", "parameters", "trained_parameters", "rows", "memory/resident_bytes"}
+RATES = {"images_per_second", "tflops", "matrix_share"}
+PAIRS = {"ratio", "low", "high", "fastest", "seconds", "against"}
+
+
+@pytest.fixture
+def last_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict]:
+    """Runs a benchmark at its smallest size and reads the line that it prints last."""
+
+    def run(module: ModuleType, *arguments: str) -> dict:
+        module.main(["--size", "smallest", *arguments])
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["benchmark"] == module.__name__.removeprefix("benchmarks.")
+        assert found.keys() >= ABOUT
+        assert all(math.isfinite(value) for value in found.values() if isinstance(value, float))
+        return found
+
+    return run
+
+
+def test_the_overhead_is_given_for_the_rollout_and_for_the_replay(last_line):
+    found = last_line(policy_overhead, "--pairs", "2")
+    for part in ("rollout", "replay"):
+        assert found[part].keys() == PAIRS | RATES
+        assert found[part]["low"] <= found[part]["ratio"] <= found[part]["high"]
+
+
+def test_joined_steps_are_timed_against_single_ones(last_line):
+    found = last_line(replay_batching, "--pairs", "1", "--decisions", "2", "--joined", "2")
+    assert found.keys() >= {"decisions", "joined", *PAIRS, *RATES}
+
+
+def test_exponents_are_fitted_to_the_time_of_an_update(last_line):
+    found = last_line(scaling, "--samples", "2", "4", "--decisions", "2", "3", "--rounds", "1")
+    assert found.keys() >= {"samples_exponent", "decisions_exponent", *RATES}
+    assert [*found["seconds_by_samples"], *found["seconds_by_decisions"]] == ["2", "4", "2", "3"]
+
+
+def test_the_memory_of_an_update_is_measured_at_every_size(last_line):
+    found = last_line(update_memory, "--samples", "2", "4", "--decisions", "2", "3")
+    assert found.keys() >= {"growth", *RATES}
+    assert [(point["samples"], point["decisions"]) for point in found["points"]] == [(2, 2), (4, 2), (2, 3), (4, 3)]
+    gradients = 4 * found["trained_parameters"]  # float32
+    assert all(point["peak_bytes"] > gradients for point in found["points"])
