@@ -46,6 +46,13 @@ class Prompt:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # precomputed pipeline inputs, without a batch axis
 
 
+def consecutive(rows: Tensor) -> Tensor | slice:
+    """The rows (b,) as a slice if each follows the one before, which indexes without copying."""
+    if len(rows) == 0 or (rows.diff() != 1).any():
+        return rows
+    return slice(int(rows[0]), int(rows[-1]) + 1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What is to be generated: B requests, the G samples of a prompt sharing a group."""
@@ -66,8 +73,9 @@ class Batch:
         return len(self.prompts)
 
     def take(self, rows: Tensor) -> "Batch":
-        prompts = tuple(self.prompts[row] for row in rows.tolist())
-        return replace(self, prompts=prompts, group=self.group[rows], sample=self.sample[rows])
+        """The given rows; like every `take`, a view of the tensors if the rows are consecutive, a copy otherwise."""
+        prompts, index = tuple(self.prompts[row] for row in rows.tolist()), consecutive(rows)
+        return replace(self, prompts=prompts, group=self.group[index], sample=self.sample[index])
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Samples:
         """The given rows of every field."""
         text = None if self.text is None else tuple(self.text[row] for row in rows.tolist())
         media = {name: getattr(self, name) for name in ("image", "video", "audio")}
-        taken = {name: tensor[rows] for name, tensor in media.items() if tensor is not None}
+        taken = {name: tensor[consecutive(rows)] for name, tensor in media.items() if tensor is not None}
         return replace(self, batch=self.batch.take(rows), text=text, **taken)
 
 
@@ -120,8 +128,9 @@ class Trajectory:
         return self.batch.group
 
     def take(self, rows: Tensor) -> "Trajectory":
-        record = {name: tensor[rows] for name, tensor in self.record.items()}
-        return Trajectory(self.batch.take(rows), self.mask[rows], self.kind[rows], record)
+        index = consecutive(rows)
+        record = {name: tensor[index] for name, tensor in self.record.items()}
+        return Trajectory(self.batch.take(rows), self.mask[index], self.kind[index], record)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def call_arguments(
         images = [load_media(prompt.media[name]) for prompt in asked]
         arguments[name] = images if form == "list" else images[0]
     for name in prompts[0].inputs:
-        arguments[name] = torch.stack([prompt.inputs[name] for prompt in prompts])
+        arguments[name] = torch.stack([prompt.inputs[name] for prompt in prompts]).to(pipeline.device)
     for name in columns:
         arguments[name] = [prompt.columns[name] for prompt in asked]
     if form == "repeat":

@@ -292,8 +292,7 @@ def relative(ours: Tensor, stock: Tensor) -> float:
 
 def other_batch(engine: Engine, trajectory: Trajectory) -> Finding:
     """The rounding that another batch shape brings; reported, and the reason for replaying in the recorded shape."""
-    alone = trajectory.take(torch.arange(len(trajectory)))
-    alone.record["rows"].fill_(1)
-    alone.record["seat"].fill_(0)
-    worst = float(log_ratios(engine, alone).abs().max())
+    rows, seat = (trajectory.record[name] for name in ("rows", "seat"))
+    alone = {**trajectory.record, "rows": torch.ones_like(rows), "seat": torch.zeros_like(seat)}
+    worst = float(log_ratios(engine, replace(trajectory, record=alone)).abs().max())
     return Finding(True, "batch shape", f"one row at a time moves the log-ratio by up to {worst:.1e}")

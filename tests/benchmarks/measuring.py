@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import diffusers
@@ -31,6 +30,7 @@ from mmgrpo.schedules import all_but_last
 from mmgrpo.shadow import Reference
 from mmgrpo.transitions import flow_sde
 from mmgrpo.types import Batch, Prompt, Trajectory
+from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.engine import Engine, Options
 
@@ -103,7 +103,7 @@ def built(size: str, device: str, *, decisions: int = 0, rows: int = 0, replay_s
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     ).to(place, chosen.dtype)  # fmt: skip
     shapes = {"rollout_rows": chosen.rows, "replay_rows": chosen.rows, "replay_steps": replay_steps}
-    engine = Engine(pipeline, Options(call_of(chosen), partial(flow_sde, noise=0.7), **shapes))
+    engine = Engine(pipeline, Options(call_of(chosen), from_levels(flow_sde), **shapes))
     policy = DiffusionPolicy(engine, all_but_last, lora=chosen.lora)
     prompts = [prompt(number, chosen, place) for number in range(2)]
     policy.prepare(prompts)

@@ -1,8 +1,8 @@
 """Peak memory of an update against the samples of a group and their decisions, at a fixed number of rows in a call.
 
-An update is what the trainer does with the rows that it chose: replay, backward, clip, AdamW. The level right before it
-(weights, moments, the trajectory) is subtracted, so the figure is what the update itself takes. On CUDA it is the allocator's
-own peak; on a CPU the running sum of the allocator's events in torch's profiler, which keeps about 9 GB of them.
+An update is what the trainer does: replay, backward, clip, AdamW. The level right before it (weights, moments, the
+trajectory) is subtracted, so the figure is what the update itself takes. On CUDA it is the allocator's own peak; on a CPU
+the running sum of the allocator's events in torch's profiler, which keeps about 9 GB of them.
 Target: the largest peak at most 1.05 times the smallest.
 """
 
@@ -13,7 +13,6 @@ import torch
 from torch.autograd.profiler import profile
 
 from mmgrpo import trainer
-from mmgrpo.improve import accumulate
 from mmgrpo.run import Run
 from mmgrpo.types import Trajectory
 
@@ -37,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def update(run: Run, trajectory: Trajectory) -> None:
-    """The trainer's update after it has copied its rows; a copy of the trajectory is storage of the trajectory."""
-    accumulate(run.policy, trajectory, advantages(trajectory), run.aggregate(trajectory.mask), run.loss)
-    trainer.clip_gradient(run)
-    trainer.step(run)
+    """The trainer's, from every row."""
+    rows = torch.arange(len(trajectory))
+    trainer.update(run, trajectory, advantages(trajectory), torch.ones_like(rows, dtype=torch.bool), rows)
 
 
 def measured(bench: Bench, run: Run, samples: int, decisions: int) -> dict[str, int]:
