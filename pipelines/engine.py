@@ -159,7 +159,8 @@ class Engine:
         names = [name for name in ("vae", "vocoder") if name in self.tape.modules]
         found = [attrgetter("config")(self.tape.modules[name]) for name in names]
         configs: list[Mapping[str, Any]] = [
-            config if isinstance(config, Mapping) else config.to_dict() for config in found  # of transformers
+            config if isinstance(config, Mapping) else config.to_dict()
+            for config in found  # of transformers
         ]
         rates = [config["sampling_rate"] for config in configs if "sampling_rate" in config]
         return int(rates[-1]) if rates else None
