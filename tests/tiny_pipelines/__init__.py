@@ -10,18 +10,18 @@ image_embedding  pictures from image embeddings and class labels; two pipelines 
 video            text and image to video
 video_more       audio-video, per-frame noise levels, a variance-exploding video model
 audio            text to audio
-audio_more       text to audio by way of a language model
+audio_more       text to audio by way of a language model: too slow for a row
 controls         control networks, adapters, inpainting and image conditioning
 guided_apart     guidance by networks of their own and by guider objects
-cascade          a prior and a decoder, alone and in one pipeline
+cascade          a decoder alone, and with its prior in one pipeline
 image_more       a consistency sampler, a learned variance, embeddings instead of texts
+newer            average velocities, a linear video model
 video_edit       videos from videos, pictures and masks; motion modules; per-token timesteps
 policy           rows as policies
 """
 
 from . import (
     audio,
-    audio_more,
     cascade,
     controls,
     edit,
@@ -30,6 +30,7 @@ from . import (
     image_embedding,
     image_flow,
     image_more,
+    newer,
     unet,
     video,
     video_edit,
@@ -53,7 +54,7 @@ ADDITIONAL = (
     *cascade.ADDITIONAL,
     *guided_apart.ADDITIONAL,
     *video_edit.ADDITIONAL,
-    *audio_more.ADDITIONAL,
+    *newer.ADDITIONAL,
 )
 """More schedulers, guidance mechanisms and conditioning."""
 

@@ -1,7 +1,5 @@
 """Text to audio by way of a language model."""
 
-from functools import partial
-
 from diffusers import (
     AudioLDM2Pipeline,
     AudioLDM2ProjectionModel,
@@ -21,9 +19,7 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
-from .image_flow import scale
 from .parts import WIDTH, fresh, t5, t5_tokenizer
-from .record import TinyPipeline
 from .unet import VP
 
 
@@ -115,10 +111,3 @@ def audio_ldm2() -> AudioLDM2Pipeline:
         language_model=fresh(GPT2LMHeadModel, language),
         vocoder=fresh(SpeechT5HifiGan, vocoder),
     )
-
-
-row = partial(TinyPipeline, denoisers=("unet",), guidance=scale(4.0), kind="audio")
-
-ADDITIONAL = (
-    row("AudioLDM2", audio_ldm2, {"num_inference_steps": 4, "audio_length_in_s": 0.032, "output_type": "pt"}),
-)

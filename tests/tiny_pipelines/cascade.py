@@ -1,4 +1,4 @@
-"""Cascades: a prior draws an image embedding, a decoder draws the image; alone and both in one pipeline."""
+"""Cascades: a prior draws an image embedding, a decoder draws the image; the decoder alone and both in one pipeline."""
 
 from functools import partial
 
@@ -7,7 +7,6 @@ from diffusers import (
     DDPMWuerstchenScheduler,
     StableCascadeCombinedPipeline,
     StableCascadeDecoderPipeline,
-    StableCascadePriorPipeline,
     StableCascadeUNet,
 )
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
@@ -81,12 +80,6 @@ NO_SIZE = {"num_inference_steps": 4, "output_type": "pt"}
 
 ADDITIONAL = (
     row(
-        "StableCascadePrior",
-        lambda: StableCascadePriorPipeline(**cascade_prior()),
-        SQUARE | {"height": 128, "width": 128},
-        denoisers=("prior",),
-    ),
-    row(
         "StableCascadeDecoder",
         lambda: StableCascadeDecoderPipeline(**cascade_decoder()),
         NO_SIZE,
@@ -98,6 +91,7 @@ ADDITIONAL = (
         cascade_combined,
         SQUARE | {"height": 128, "width": 128, "prior_num_inference_steps": 4},
         denoisers=("prior_prior", "decoder"),
+        unused=("clip_img_mapper",),  # no pictures beside the text
         guidance=Guidance(
             {"prior_guidance_scale": 4.0, "decoder_guidance_scale": 2.0},
             {"prior_guidance_scale": 1.0, "decoder_guidance_scale": 1.0},

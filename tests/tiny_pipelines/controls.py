@@ -15,16 +15,11 @@ from diffusers import (
     QwenImageInpaintPipeline,
     SanaControlNetModel,
     SanaControlNetPipeline,
-    SD3ControlNetModel,
-    StableDiffusion3ControlNetPipeline,
     StableDiffusion3InpaintPipeline,
-    StableDiffusionAdapterPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLInpaintPipeline,
-    T2IAdapter,
-    UniPCMultistepScheduler,
     ZImageImg2ImgPipeline,
 )
 
@@ -78,25 +73,6 @@ def flux_controlnet() -> FluxControlNetPipeline:
     return FluxControlNetPipeline(**flux_parts(), controlnet=control)
 
 
-def sd3_controlnet() -> StableDiffusion3ControlNetPipeline:
-    control = fresh(
-        SD3ControlNetModel,
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=2 * WIDTH,
-        pooled_projection_dim=2 * WIDTH,
-        out_channels=4,
-        pos_embed_max_size=16,
-        seed=3,
-    )
-    return StableDiffusion3ControlNetPipeline(**sd3_parts(), controlnet=control)
-
-
 def qwen_controlnet() -> QwenImageControlNetPipeline:
     control = fresh(
         QwenImageControlNetModel,
@@ -134,20 +110,6 @@ def sana_controlnet() -> SanaControlNetPipeline:
 
 def z_image_to_image() -> ZImageImg2ImgPipeline:
     return ZImageImg2ImgPipeline(**z_image().components)
-
-
-def adapter() -> StableDiffusionAdapterPipeline:
-    """The adapter runs once, before the loop."""
-    features = fresh(
-        T2IAdapter,
-        in_channels=3,
-        channels=[16, 32],
-        num_res_blocks=1,
-        downscale_factor=2,
-        adapter_type="full_adapter",
-    )
-    parts = {**sd_parts(), "scheduler": UniPCMultistepScheduler(**VP)}
-    return StableDiffusionAdapterPipeline(**parts, adapter=features)
 
 
 def sdxl_controlnet() -> StableDiffusionXLControlNetPipeline:
@@ -200,14 +162,6 @@ ADDITIONAL = (
         unused=LAST_TEXT_QUERY,
         media=image_and_mask,
     ),
-    controlled(
-        "StableDiffusion3ControlNet",
-        sd3_controlnet,
-        {**SQUARE, "control_guidance_end": 0.6},
-        guidance=scale(4.0),
-        unused=LAST_TEXT_QUERY,
-        media=control_image,
-    ),
     row(
         "QwenImageImg2Img",
         lambda: QwenImageImg2ImgPipeline(**qwen_image_parts()),
@@ -229,7 +183,7 @@ ADDITIONAL = (
         qwen_controlnet,
         {**SQUARE, "max_sequence_length": 300},
         guidance=TRUE_GUIDANCE,
-        unused=LAST_TEXT_STREAM,
+        unused=(*LAST_TEXT_STREAM, *(name.replace(".1.", ".0.") for name in LAST_TEXT_STREAM)),
         media=control_image,
     ),
     row(
@@ -261,7 +215,6 @@ ADDITIONAL = (
         guidance=scale(5.0),
         media=an_image,
     ),
-    row("StableDiffusionAdapter", adapter, SQUARE, denoisers=("unet",), guidance=scale(5.0), media=an_image),
     row(
         "StableDiffusionPerturbedAttention",
         lambda: StableDiffusionPAGPipeline(**sd_parts(), pag_applied_layers="mid"),

@@ -114,6 +114,7 @@ ADDITIONAL = (
         {**SQUARE, "max_sequence_length": 80, "guidance_schedule": None},
         denoisers=("transformer", "unconditional_transformer"),
         guidance=scale(4.0, 0.5),
+        unused=("llm_cond",),  # of the network without text
     ),
-    row("HunyuanImage", hunyuan_image, SQUARE, guidance=None),
+    row("HunyuanImage", hunyuan_image, SQUARE, guidance=None, unused=("context_embedder_2",)),
 )

@@ -2,15 +2,13 @@
 
 from functools import partial
 
+import torch
 from diffusers import (
-    AllegroPipeline,
-    AllegroTransformer3DModel,
     AnimateDiffPipeline,
     CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXTransformer3DModel,
     DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LattePipeline,
     LatteTransformer3DModel,
@@ -22,12 +20,11 @@ from diffusers import (
     WanVACETransformer3DModel,
     WanVideoToVideoPipeline,
 )
-from diffusers.models import AutoencoderKLAllegro
 
 from .image_flow import scale
 from .parts import WIDTH, fresh, image_vae, picture, t5, t5_tokenizer
 from .record import TinyPipeline
-from .unet import VP, sd_parts
+from .unet import sd_parts
 from .video import CLIP, cogvideox, ltx_parts, wan_parts
 
 
@@ -98,7 +95,10 @@ def animate_diff() -> AnimateDiffPipeline:
     )
     parts = {name: part for name, part in sd_parts().items() if "safety" not in name}
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
-    return AnimateDiffPipeline(**{**parts, "scheduler": scheduler}, motion_adapter=adapter)
+    with torch.random.fork_rng(devices=[]):  # the pipeline builds a model of its own, whose weights it then replaces
+        pipeline = AnimateDiffPipeline(**{**parts, "scheduler": scheduler}, motion_adapter=adapter)
+    pipeline.unet.eval()
+    return pipeline
 
 
 def latte() -> LattePipeline:
@@ -128,37 +128,6 @@ def latte() -> LattePipeline:
         vae=image_vae(scaling_factor=0.5),
         text_encoder=t5(),
         tokenizer=t5_tokenizer(),
-    )
-
-
-def allegro() -> AllegroPipeline:
-    transformer = fresh(
-        AllegroTransformer3DModel,
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        cross_attention_dim=48,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=2,
-        caption_channels=WIDTH,
-    )
-    vae = fresh(
-        AutoencoderKLAllegro,
-        down_block_types=("AllegroDownBlock3D",) * 4,
-        up_block_types=("AllegroUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        temporal_compression_ratio=4,
-    )
-    vae.enable_tiling()  # the only way that it decodes
-    scheduler = EulerAncestralDiscreteScheduler(**VP)
-    return AllegroPipeline(
-        transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=t5(), tokenizer=t5_tokenizer()
     )
 
 
@@ -216,6 +185,6 @@ ADDITIONAL = (
             "output_type": "pt",
             "clean_caption": False,
         },
+        batched=False,  # a prompt alone is not padded
     ),
-    row("Allegro", allegro, CLIP | {"num_frames": 8, "height": 32, "width": 32, "clean_caption": False}),
 )
