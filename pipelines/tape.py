@@ -211,7 +211,7 @@ class Discovery:
         found: dict[str, None] = {}
         calls: list[str] = []  # since the last step
         for name in self.events:
-            if name in modules:
+            if name is not None and name in modules:
                 calls.append(name)
             elif name is None and calls:
                 kind = type(modules[calls[-1]])
