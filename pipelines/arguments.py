@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Generator, Tensor
 
 from mmgrpo.types import Batch, Prompt, Samples
@@ -56,7 +56,8 @@ def call_arguments(
         images = [load_media(prompt.media[name]) for prompt in asked]
         arguments[name] = images if form == "list" else images[0]
     for name in prompts[0].inputs:
-        arguments[name] = torch.stack([prompt.inputs[name] for prompt in prompts]).to(pipeline.device)
+        stacked = torch.stack([prompt.inputs[name] for prompt in prompts]).to(pipeline.device)
+        arguments[name] = stacked.to(pipeline.dtype) if stacked.is_floating_point() else stacked
     for name in columns:
         arguments[name] = [prompt.columns[name] for prompt in asked]
     if form == "repeat":
@@ -76,10 +77,11 @@ def forms(pipeline: DiffusionPipeline) -> list[Form]:
     return [*ways, "single"]
 
 
-def load_media(path: Path) -> Image.Image:
-    """A conditioning image as RGB."""
+def load_media(path: Path) -> Image.Image | list[Image.Image]:
+    """A conditioning image as RGB; of a file with several frames (GIF, WebP, PNG), the list of them: a video."""
     with Image.open(path) as image:
-        return image.convert("RGB")
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    return frames if len(frames) > 1 else frames[0]
 
 
 def to_samples(result: BaseOutput | tuple[Any, ...], batch: Batch, rate: int | None) -> Samples:

@@ -77,7 +77,7 @@ class Engine:
         """Find the denoisers with one run of the stock pipeline; raises ValueError if `train` names no component."""
         discovery = Discovery()
         self.run(discovery, probe_batch([prompt], [0]), "single")
-        trained = tuple(train) or discovery.predictors()
+        trained = tuple(train) or discovery.predictors(self.tape.modules)
         for name in trained:
             if name not in self.tape.modules:
                 raise ValueError(f"policy.train names {name!r}; the pipeline has {sorted(self.tape.modules)}")
@@ -157,7 +157,11 @@ class Engine:
     def _rate(self) -> int | None:
         """Samples per second of the sound that the pipeline makes, from its decoder's configuration."""
         names = [name for name in ("vae", "vocoder") if name in self.tape.modules]
-        configs: list[Mapping[str, Any]] = [attrgetter("config")(self.tape.modules[name]) for name in names]
+        found = [attrgetter("config")(self.tape.modules[name]) for name in names]
+        configs: list[Mapping[str, Any]] = [
+            config if isinstance(config, Mapping) else config.to_dict()
+            for config in found  # of transformers
+        ]
         rates = [config["sampling_rate"] for config in configs if "sampling_rate" in config]
         return int(rates[-1]) if rates else None
 

@@ -4,6 +4,7 @@ The key covers the content of every argument, the module's name and the model's 
 a row's encoding then never depends on the rows beside it, in rollout and in replay alike.
 """
 
+import copy
 import functools
 import hashlib
 import importlib
@@ -25,6 +26,7 @@ from transformers.utils import ModelOutput
 from pipelines import structure
 
 Call = Callable[..., Any]
+PLAIN = (str, bytes, bool, int, float, type(None), torch.dtype, torch.device)  # whose repr is their content
 
 
 def fingerprint(value: Any) -> bytes:
@@ -51,6 +53,18 @@ def one_row(row: int, tensor: Tensor) -> Tensor:
     return tensor[row : row + 1]
 
 
+def copied(leaf: Any) -> Any:
+    """What the next user may change freely, such as the keys and values of a language model."""
+    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+
+def stacked(parts: list[Any]) -> Any:
+    """One leaf from those of several rows; objects that hold the state of one row each have no joint form."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return parts[0] if len(parts) == 1 or isinstance(parts[0], PLAIN) else None
+
+
 class Memo:
     """Row-wise memory of module calls, in this process and, if a folder is given, on disk."""
 
@@ -65,7 +79,12 @@ class Memo:
 
     @torch.no_grad()
     def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`forward(*args, **kwargs)`, from memory where the same content was seen before."""
+        """`forward(*args, **kwargs)`, from memory where the same content was seen before.
+
+        Arguments that are neither tensors nor plain values, such as a language model's cache, may change: such calls run.
+        """
+        if not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in structure.leaves((args, kwargs))):
+            return forward(*args, **kwargs)
         count = rows_of((args, kwargs))
         if count is None or name in self.joint:
             return self._one(name, forward, args, kwargs, batch=True)
@@ -76,17 +95,17 @@ class Memo:
             if rows_of(answers[-1]) != 1:  # the module returns something that is not one row per row
                 self.joint.add(name)
                 return self._one(name, forward, args, kwargs, batch=True)
-        return structure.merge(answers, lambda parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0])
+        return structure.merge(answers, stacked)
 
     def _one(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool = False) -> Any:
         key = hashlib.blake2b(f"{name}|{self.revision}|{batch}".encode() + fingerprint((args, kwargs))).hexdigest()[:40]
         if key in self.rows:
             self.hits += 1
             self.rows.move_to_end(key)
-            return structure.map_tensors(self.rows[key], Tensor.clone)
+            return structure.rebuild(self.rows[key], copied)
         self.misses += 1
         answer = self._from_disk(key, lambda: forward(*args, **kwargs))
-        self.rows[key] = structure.map_tensors(answer, Tensor.clone)
+        self.rows[key] = structure.rebuild(answer, copied)
         if len(self.rows) > self.capacity:
             self.rows.popitem(last=False)
         return answer

@@ -22,6 +22,9 @@ from pipelines.listeners import ReplayMismatch, Stub
 from pipelines.tape import Call, StepResult
 
 ENDS = "the first and last row"
+ALONE = "a step without those before it"
+APART = "alone differs from the row in a batch"
+REFUSED = "refused"
 ROUNDING = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -66,6 +69,8 @@ def settle(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
                     *share_forward(engine, asked, asked_steps),
                 ]
             tried[f"{form}{', mixed' if mixed else ''}, unwanted steps {engine.stub.kind}"] = reason
+            if APART in reason or reason.startswith(REFUSED):  # nothing that a stub decides
+                break
     same = set(tried.values()) if len(set(tried.values())) == 1 else [f"{way}: {why}" for way, why in tried.items()]
     raise ValueError(f"{type(engine.pipeline).__name__} cannot be replayed exactly: {'; '.join(same)}")
 
@@ -78,8 +83,12 @@ def attempt(engine: Engine, batch: Batch) -> str | None:
             engine.layout.seated = True
             reason = difference(engine, batch)
     except (ReplayMismatch, *REFUSALS) as error:  # pipelines refuse unsupported batches in any of these ways
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return shown(error)
     return reason
+
+
+def shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def share_forward(engine: Engine, prompts: Sequence[Prompt], steps: int) -> list[str]:
@@ -115,11 +124,16 @@ def ways(engine: Engine) -> Iterator[tuple[arguments.Form, bool]]:
 
 
 def difference(engine: Engine, batch: Batch) -> str | None:
-    """Why a replay of these rows is not their rollout, or None: all rows, a part of them, and each row alone."""
-    trajectory, _ = engine.rollout(batch, engine.planned)
+    """Why a replay of these rows is not their rollout, or None: all rows, a part of them, a step alone, each row alone."""
+    try:
+        trajectory, _ = engine.rollout(batch, engine.planned)
+    except REFUSALS as error:
+        return f"{REFUSED}, {shown(error)}"
     if not trajectory.mask.any():
         return "no step is stochastic"
-    for name, part in (("all rows", trajectory), (ENDS, trajectory.take(ends(trajectory)))):
+    last = int(trajectory.mask.any(0).nonzero().max())
+    parts = {"all rows": trajectory, ENDS: trajectory.take(ends(trajectory)), ALONE: only(trajectory, last)}
+    for name, part in parts.items():
         worst = log_ratios(engine, part).abs()
         if worst.max() != 0:
             step = int(worst.amax(0).argmax())
@@ -136,7 +150,7 @@ def apart(engine: Engine, trajectory: Trajectory) -> str | None:
             expected = trajectory.record[name][row : row + 1].float()
             error = float((output.float() - expected).norm() / expected.norm().clamp(min=1e-30))
             if error > tolerance:
-                return f"{name}: row {row} alone differs from the row in a batch by {error:.1e}, relative"
+                return f"{name}: row {row} {APART} by {error:.1e}, relative"
     return None
 
 

@@ -203,7 +203,18 @@ class Discovery:
         inside = self.events[steps[0] - 1 : steps[-1]]
         return tuple(dict.fromkeys(name for name in inside if name is not None))
 
-    def predictors(self) -> tuple[str, ...]:
-        """The denoisers whose output reached a step last: what is trained unless the user names others."""
-        names = [self.events[place - 1] for place, name in enumerate(self.events) if name is None and place]
-        return tuple(dict.fromkeys(name for name in names if name is not None))
+    def predictors(self, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+        """The denoisers called right before a step: what is trained unless the user names others.
+
+        Denoisers of the same class beside them in a step count too: models of their own for the two halves of guidance.
+        """
+        found: dict[str, None] = {}
+        calls: list[str] = []  # since the last step
+        for name in self.events:
+            if name is not None and name in modules:
+                calls.append(name)
+            elif name is None and calls:
+                kind = type(modules[calls[-1]])
+                found |= dict.fromkeys(beside for beside in calls if type(modules[beside]) is kind)
+                calls = []
+        return tuple(found)

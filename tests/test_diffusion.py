@@ -171,3 +171,16 @@ def test_a_wrong_call_argument_is_refused_with_the_nearest_name():
     tiny = NAMED["StableDiffusion3"]
     with pytest.raises(ValueError, match=r"policy.call.guidance_scael: .* did you mean 'guidance_scale'"):
         Engine(tiny.build(), Options({"guidance_scael": 3.0}, from_levels(flow_sde)))
+
+
+def test_guidance_that_remembers_earlier_steps_is_replayed_at_a_late_step_alone(tmp_path):
+    policy, prompts = policy_of(NAMED["HunyuanImage"], tmp_path)
+    policy.plan = lambda steps, iteration, seed: torch.arange(steps) == steps - 2
+    trajectory, _ = policy.rollout(batch_of(prompts))
+    assert trajectory.mask.sum(1).tolist() == [1] * 6
+    assert evaluate(policy, trajectory).log_ratio.abs().max() == 0
+
+
+def test_both_networks_of_guidance_with_one_for_each_half_are_trained(tmp_path):
+    policy, _ = policy_of(NAMED["Ideogram4"], tmp_path, guided=True)
+    assert set(policy.engine.layout.trained) == {"transformer", "unconditional_transformer"}

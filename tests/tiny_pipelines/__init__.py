@@ -10,10 +10,32 @@ image_embedding  pictures from image embeddings and class labels; two pipelines 
 video            text and image to video
 video_more       audio-video, per-frame noise levels, a variance-exploding video model
 audio            text to audio
+audio_more       text to audio by way of a language model: too slow for a row
+controls         control networks, adapters, inpainting and image conditioning
+guided_apart     guidance by networks of their own and by guider objects
+cascade          a decoder alone, and with its prior in one pipeline
+image_more       a consistency sampler, a learned variance, embeddings instead of texts
+newer            average velocities, a linear video model
+video_edit       videos from videos, pictures and masks; motion modules; per-token timesteps
 policy           rows as policies
 """
 
-from . import audio, edit, image_dit, image_embedding, image_flow, unet, video, video_more
+from . import (
+    audio,
+    cascade,
+    controls,
+    edit,
+    guided_apart,
+    image_dit,
+    image_embedding,
+    image_flow,
+    image_more,
+    newer,
+    unet,
+    video,
+    video_edit,
+    video_more,
+)
 from .record import PROMPTS, Guidance, TinyPipeline
 
 REQUIRED = (*unet.REQUIRED, *image_flow.REQUIRED, *edit.REQUIRED, *video.REQUIRED)
@@ -27,6 +49,12 @@ ADDITIONAL = (
     *video.ADDITIONAL,
     *video_more.ADDITIONAL,
     *audio.ADDITIONAL,
+    *controls.ADDITIONAL,
+    *image_more.ADDITIONAL,
+    *cascade.ADDITIONAL,
+    *guided_apart.ADDITIONAL,
+    *video_edit.ADDITIONAL,
+    *newer.ADDITIONAL,
 )
 """More schedulers, guidance mechanisms and conditioning."""
 

@@ -49,26 +49,26 @@ LAST_TEXT_QUERY = ("transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1
 LAST_TEXT_STREAM = (*LAST_TEXT_QUERY, "transformer_blocks.1.attn.to_add_out", "transformer_blocks.1.txt_mlp")
 
 
-def sd3_parts() -> dict[str, object]:
+def sd3_parts(channels: int = 4) -> dict[str, object]:
     transformer = fresh(
         SD3Transformer2DModel,
         sample_size=8,
         patch_size=2,
-        in_channels=4,
+        in_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
         caption_projection_dim=32,
         joint_attention_dim=2 * WIDTH,
         pooled_projection_dim=2 * WIDTH,
-        out_channels=4,
+        out_channels=channels,
         pos_embed_max_size=16,
         qk_norm="rms_norm",
     )
     return {
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": image_vae(shift_factor=0.06, scaling_factor=1.5),
+        "vae": image_vae(channels, shift_factor=0.06, scaling_factor=1.5),
         "text_encoder": clip_text_projected(1),
         "tokenizer": clip_tokenizer(),
         "text_encoder_2": clip_text_projected(2),

@@ -38,7 +38,7 @@ def ddim(**options: object) -> DDIMScheduler:
     return DDIMScheduler(**VP, clip_sample=False, set_alpha_to_one=False, steps_offset=1, **options)
 
 
-def _unet_sizes(**options: object) -> dict[str, object]:
+def unet_sizes(**options: object) -> dict[str, object]:
     sizes = {
         "block_out_channels": (16, 32),
         "layers_per_block": 1,
@@ -52,7 +52,7 @@ def _unet_sizes(**options: object) -> dict[str, object]:
 
 def unet(**options: object) -> UNet2DConditionModel:
     up = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "sample_size": 8}
-    return fresh(UNet2DConditionModel, **_unet_sizes(**up, **options))
+    return fresh(UNet2DConditionModel, **unet_sizes(**up, **options))
 
 
 def sd_parts(**options: object) -> dict[str, object]:
@@ -88,7 +88,7 @@ def sdxl_parts(scheduler: object) -> dict[str, object]:
 
 
 def controlnet() -> ControlNetModel:
-    return fresh(ControlNetModel, **_unet_sizes(conditioning_embedding_out_channels=(8, 16)), seed=3)
+    return fresh(ControlNetModel, **unet_sizes(conditioning_embedding_out_channels=(8, 16)), seed=3)
 
 
 def pixel_unet(**options: object) -> UNet2DModel:
