@@ -14,7 +14,7 @@ from mmgrpo.types import Evaluation
 from pipelines import structure
 from pipelines.decisions import Kernel, Part, Reduction, Transition, checksum, evaluate, from_levels, prediction
 from pipelines.memo import Memo
-from pipelines.schedulers import advance
+from pipelines.schedulers import advance, state_dtype
 from pipelines.tape import Call, Counter, StepResult, Stop
 
 
@@ -65,9 +65,10 @@ class Recorder:
         sample, output = arguments["sample"], prediction(arguments).value
         taken = (self.kernel if self.planned[group] else from_levels(None))(scheduler, arguments)(output)
         advance(scheduler, arguments["timestep"])
-        return StepResult(lambda: self._draw(group, sample, output, taken.gaussian), taken.clean)
+        dtype = state_dtype(scheduler, sample, output)
+        return StepResult(lambda: self._draw(group, sample, output, taken.gaussian, dtype), taken.clean)
 
-    def _draw(self, group: int, sample: Tensor, output: Tensor, gaussian: Gaussian) -> Tensor:
+    def _draw(self, group: int, sample: Tensor, output: Tensor, gaussian: Gaussian, dtype: torch.dtype) -> Tensor:
         part = self.parts[group]
         self.parts[group] += 1
         state = gaussian.mean
@@ -79,7 +80,7 @@ class Recorder:
             self._keep(f"state.{group}.{part}", checksum(by_row(sample, len(drawn))))
             self._keep(f"output.{group}.{part}", output)
         # rounded to the sampler's dtype before anything is scored, and laid out as a replay will: strides choose kernels
-        state = state.to(sample.dtype).contiguous()
+        state = state.to(dtype).contiguous()
         if (
             self.everything or self.planned[group : group + 2].any()
         ):  # teacher forcing needs the way into a trained step, and its outcome
@@ -142,9 +143,10 @@ class Replayer:
     def step(self, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> StepResult:
         group = self.counter.step()
         sample, output = arguments["sample"], prediction(arguments).value
+        dtype = state_dtype(scheduler, sample, output)
         if group not in self.wanted:
             advance(scheduler, arguments["timestep"])
-            return StepResult(lambda: self._skipped(group, sample), sample)
+            return StepResult(lambda: self._skipped(group, sample).to(dtype), sample)
         step = self.kernel(scheduler, arguments)
         taken = step(output)
         advance(scheduler, arguments["timestep"])

@@ -3,6 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 import diffusers
+import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
@@ -58,6 +59,24 @@ OWN = (
 WITHOUT_INDEX = (*STRIDED, *LISTED, diffusers.DDPMWuerstchenScheduler)
 INDEXED = (*FLOW, *SIGMA_SPACE, *EDM, *CONVERTING, *OWN)
 SUPPORTED = (*INDEXED, *WITHOUT_INDEX)
+
+AS_OUTPUT = (  # return the next sample in the dtype of the model's output
+    diffusers.FlowMatchEulerDiscreteScheduler,
+    diffusers.FlowMatchHeunDiscreteScheduler,
+    diffusers.FlowMatchLCMScheduler,
+    diffusers.FlowMapEulerDiscreteScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.EDMEulerScheduler,
+    diffusers.DDPMWuerstchenScheduler,
+)
+AS_SAMPLE = (  # return it in the dtype of the sample
+    diffusers.LTXEulerAncestralRFScheduler,
+    diffusers.MiniMaxH3Scheduler,
+    diffusers.HeliosScheduler,
+    diffusers.UniPCMultistepScheduler,
+    diffusers.SASolverScheduler,
+)
 
 _TOKENS = "decides discrete tokens: it needs a categorical kernel, not a Gaussian one"
 _INVERSE = "runs from data to noise: it inverts an image and generates nothing"
@@ -148,6 +167,13 @@ def position(scheduler: SchedulerMixin, timestep: Tensor | float) -> int | None:
             raise ValueError(f"timestep {float(timestep)} is not on the schedule of {type(scheduler).__name__}")
         return index
     return int(scheduler._step_index)
+
+
+def state_dtype(scheduler: SchedulerMixin, sample: Tensor, output: Tensor) -> torch.dtype:
+    """In which the stock step returns the next sample: what the pipeline's next call of the model sees."""
+    if isinstance(scheduler, AS_OUTPUT):
+        return output.dtype
+    return sample.dtype if isinstance(scheduler, AS_SAMPLE) else torch.promote_types(sample.dtype, output.dtype)
 
 
 def _start(scheduler: SchedulerMixin, timestep: Tensor | float) -> None:

@@ -20,6 +20,7 @@ from pipelines.schedulers import (
     position,
     quiet,
     require_supported,
+    state_dtype,
 )
 
 SHAPE = (2, 4, 3, 3)
@@ -293,6 +294,17 @@ def test_the_counters_move_as_in_the_stock_class(name):
     ours, stock = list(counts(deterministic_step)), list(counts(stock_step))
     assert ours == stock
     assert (ours[-1][0] is None) == (name in {kind.__name__ for kind in ours_by_kind.WITHOUT_INDEX})
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_the_next_sample_has_the_dtype_of_the_stock_class(name, kinds):
+    scheduler = build(name, VARIANTS[name][0])
+    timestep = start(scheduler)[0]
+    x = initial(scheduler, torch.float32).to(kinds[0])
+    output = model(scaled(scheduler, x, timestep), timestep).to(kinds[1])
+    found = state_dtype(scheduler, x, output)
+    assert found == stock_step(scheduler, output, for_step(scheduler, timestep), x).dtype
 
 
 STRIDED = {kind.__name__ for kind in ours_by_kind.STRIDED}
