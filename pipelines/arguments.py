@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,3 +119,13 @@ def as_tensor(media: Any) -> Tensor:
     if isinstance(media, Image.Image):
         return torch.from_numpy(np.asarray(media.convert("RGB"))).movedim(-1, -3) / 255
     return media
+
+
+def join(pieces: Sequence[Samples], batch: Batch, order: Tensor) -> Samples:
+    """Samples of several calls as one, in the batch's order."""
+    media: dict[str, Any] = {}
+    for name in ("image", "video", "audio"):
+        parts = [attrgetter(name)(piece) for piece in pieces]
+        if parts[0] is not None:
+            media[name] = torch.cat(parts)[order]
+    return Samples(batch, rate=pieces[0].rate, **media)

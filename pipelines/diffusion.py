@@ -19,9 +19,11 @@ from mmgrpo.transitions import Gaussian, Step
 from mmgrpo.types import Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
 from pipelines import selftest, weights
 from pipelines.decisions import from_levels
-from pipelines.engine import Engine, Options
+from pipelines.engine import Engine
 from pipelines.native import native
+from pipelines.options import Options
 from pipelines.schedulers import quiet, require_supported
+from pipelines.settle import settle
 from pipelines.tape import nested_pipelines
 
 Plan = Callable[[int, int, int], Tensor]  # (steps, iteration, seed) -> (S,) bool
@@ -62,7 +64,7 @@ class DiffusionPolicy:
         self.engine.discover(prompts[0], self.train)
         self.notes += weights.make_trainable(self.engine.modules(), self.lora, self.gradient_checkpointing)
         self.engine.measure(prompts[0])
-        self.notes += selftest.settle(self.engine, prompts)
+        self.notes += settle(self.engine, prompts)
 
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One sample per row; each row depends on the run's seed, its sample id and its prompt alone."""

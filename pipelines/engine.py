@@ -7,11 +7,10 @@ Axes: B samples, S decisions (groups of denoiser calls and the steps that follow
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,40 +21,10 @@ from mmgrpo import seeds
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Samples, Trajectory
 from pipelines import arguments
 from pipelines.batching import Capture, DenoiserCall, doubled, joined, together
-from pipelines.decisions import Kernel
 from pipelines.listeners import Recorder, Replayer, Stub
 from pipelines.memo import Memo
+from pipelines.options import Layout, Options
 from pipelines.tape import Discovery, Tape
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a pipeline is run as a policy."""
-
-    call: Mapping[str, Any]  # arguments of the pipeline's own call
-    kernel: Kernel
-    reduction: Literal["mean", "sum"] = "mean"  # over the latent elements of a decision
-    rollout_rows: int = 8  # samples in one call of the pipeline
-    replay_rows: int = 8  # samples whose graphs are held at once
-    replay_steps: int = 1  # steps of these samples in one forward of the denoiser
-    same_noise: bool = False  # start noise shared inside a group
-    columns: tuple[str, ...] = ()  # columns of the data passed to the call, row by row
-    autocast: torch.dtype | None = None
-
-
-@dataclass
-class Layout:
-    """What the first run of a pipeline showed."""
-
-    denoisers: tuple[str, ...]
-    trained: tuple[str, ...]
-    steps: int = 0  # S
-    parts: Mapping[int, int] = field(default_factory=dict)  # step -> scheduler steps that make its decision
-    form: arguments.Form = "list"
-    mixed: bool = True  # one call may hold rows of different prompts
-    seated: bool = False  # a row is replayed at the place in a call that it was recorded at
-    anchored: bool = False  # old outputs are recomputed by a replay, whose batches round otherwise than the rollout's
-    rounding: float = 0.0  # mean |log-ratio| between the rollout's and the replay's geometry
 
 
 class Engine:
@@ -147,7 +116,7 @@ class Engine:
             seats = {"rows": torch.full_like(rows, len(rows)), "seat": torch.arange(len(rows))}
             pieces.append(recorder.record | seats | {"place": rows})
             places.append(rows)
-        return pieces, join(samples, batch, torch.cat(places).argsort())
+        return pieces, arguments.join(samples, batch, torch.cat(places).argsort())
 
     def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
         row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
@@ -324,16 +293,6 @@ def autocast(pipeline: DiffusionPipeline, dtype: torch.dtype | None) -> Abstract
     if dtype is None:
         return nullcontext()  # to ask a pipeline for its device is a walk over all modules
     return torch.autocast(pipeline.device.type, dtype, cache_enabled=not torch.is_grad_enabled())
-
-
-def join(pieces: Sequence[Samples], batch: Batch, order: Tensor) -> Samples:
-    """Samples of several calls as one, in the batch's order."""
-    media: dict[str, Any] = {}
-    for name in ("image", "video", "audio"):
-        parts = [attrgetter(name)(piece) for piece in pieces]
-        if parts[0] is not None:
-            media[name] = torch.cat(parts)[order]
-    return Samples(batch, rate=pieces[0].rate, **media)
 
 
 def probe_batch(prompts: Sequence[Prompt], samples: Sequence[int]) -> Batch:

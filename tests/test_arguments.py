@@ -8,7 +8,8 @@ from tiny_pipelines.policy import DDIM, NAMED
 
 from mmgrpo.types import Prompt
 from pipelines.arguments import call_arguments, load_media
-from pipelines.engine import Engine, Options
+from pipelines.engine import Engine
+from pipelines.options import Options
 
 
 def test_a_file_of_several_frames_is_a_video_and_of_one_frame_a_picture(tmp_path):

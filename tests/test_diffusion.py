@@ -11,8 +11,9 @@ from mmgrpo.shadow import Reference
 from mmgrpo.transitions import cps, ddim, flow_sde
 from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
-from pipelines.engine import Engine, Options
+from pipelines.engine import Engine
 from pipelines.listeners import ReplayMismatch
+from pipelines.options import Options
 
 SLOW_BUT_ONE = pytest.mark.parametrize(
     "tiny",

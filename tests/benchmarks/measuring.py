@@ -32,7 +32,8 @@ from mmgrpo.transitions import flow_sde
 from mmgrpo.types import Batch, Prompt, Trajectory
 from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
-from pipelines.engine import Engine, Options
+from pipelines.engine import Engine
+from pipelines.options import Options
 
 ADAPTERS = {"rank": 32, "alpha": 64}  # of Flow-GRPO's Stable Diffusion 3.5, as in the recipe sd35_medium_ocr
 HEADS = {"patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "qk_norm": "rms_norm"}

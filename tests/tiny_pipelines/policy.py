@@ -13,7 +13,8 @@ from mmgrpo.transitions import ddim
 from mmgrpo.types import Batch, Prompt
 from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
-from pipelines.engine import Engine, Options
+from pipelines.engine import Engine
+from pipelines.options import Options
 
 from . import TINY_PIPELINES, TinyPipeline
 
