@@ -53,9 +53,14 @@ def one_row(row: int, tensor: Tensor) -> Tensor:
     return tensor[row : row + 1]
 
 
-def copied(leaf: Any) -> Any:
+def copied(leaf: Any, device: torch.device | str) -> Any:
     """What the next user may change freely, such as the keys and values of a language model."""
-    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+    return leaf.to(device, copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+
+def size_of(answer: Any) -> int:
+    """Bytes of its tensors."""
+    return sum(tensor.nbytes for tensor in structure.tensors(answer))
 
 
 def stacked(parts: list[Any]) -> Any:
@@ -66,12 +71,13 @@ def stacked(parts: list[Any]) -> Any:
 
 
 class Memo:
-    """Row-wise memory of module calls, in this process and, if a folder is given, on disk."""
+    """Row-wise memory of module calls, on the CPU and, if a folder is given, on disk."""
 
-    def __init__(self, revision: str, folder: Path | None = None, capacity: int = 4096) -> None:
+    def __init__(self, revision: str, folder: Path | None = None, limit: int = 4 * 2**30) -> None:
         self.revision = revision
         self.folder = folder
-        self.capacity = capacity  # rows kept in memory; the oldest go first
+        self.limit = limit  # bytes kept in memory; what was not used for longest goes first
+        self.held = 0  # bytes
         self.rows: OrderedDict[str, Any] = OrderedDict()
         self.joint: set[str] = set()  # modules whose rows depend on each other
         self.hits = 0
@@ -99,25 +105,31 @@ class Memo:
 
     def _one(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any], batch: bool = False) -> Any:
         key = hashlib.blake2b(f"{name}|{self.revision}|{batch}".encode() + fingerprint((args, kwargs))).hexdigest()[:40]
+        given = structure.tensors((args, kwargs))
+        device = given[0].device if given else torch.device("cpu")
         if key in self.rows:
             self.hits += 1
             self.rows.move_to_end(key)
-            return structure.rebuild(self.rows[key], copied)
+            return structure.rebuild(self.rows[key], functools.partial(copied, device=device))
         self.misses += 1
-        answer = self._from_disk(key, lambda: forward(*args, **kwargs))
-        self.rows[key] = structure.rebuild(answer, copied)
-        if len(self.rows) > self.capacity:
-            self.rows.popitem(last=False)
+        answer = self._from_disk(key, device, lambda: forward(*args, **kwargs))
+        self._keep(key, structure.rebuild(answer, functools.partial(copied, device="cpu")))
         return answer
 
-    def _from_disk(self, key: str, compute: Callable[[], Any]) -> Any:
+    def _keep(self, key: str, answer: Any) -> None:
+        self.rows[key] = answer
+        self.held += size_of(answer)
+        while self.held > self.limit:
+            self.held -= size_of(self.rows.popitem(last=False)[1])
+
+    def _from_disk(self, key: str, device: torch.device, compute: Callable[[], Any]) -> Any:
         """Through the folder, if there is one: tensors as safetensors, their nesting as JSON in the header."""
         if self.folder is None:
             return compute()
         path = self.folder / f"{key}.safetensors"
         if path.exists():
             with safe_open(path, framework="pt") as stored:
-                parts = [stored.get_tensor(str(place)) for place in range(len(stored.keys()))]
+                parts = [stored.get_tensor(str(place)).to(device) for place in range(len(stored.keys()))]
                 return unpack(json.loads(stored.metadata()["nesting"]), parts)
         answer = compute()
         nesting = pack(answer)

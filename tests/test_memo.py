@@ -46,3 +46,10 @@ def test_what_a_caller_changes_in_an_answer_is_not_remembered():
     first.logits.zero_()
     again = memo.call("language_model", model.forward, (tokens,), {})
     assert memo.hits == 1 and again.past_key_values.get_seq_length() == length and again.logits.abs().max() > 0
+
+
+def test_what_was_not_used_for_longest_is_forgotten_at_the_limit_in_bytes():
+    memo = Memo("test", limit=3 * 40)
+    for row in (0, 1, 2, 0, 3, 0, 1):  # ten numbers of four bytes each
+        memo.call("double", lambda x: 2 * x, (torch.full((1, 10), float(row)),), {})
+    assert (memo.hits, memo.misses, memo.held, len(memo.rows)) == (2, 5, 120, 3)
