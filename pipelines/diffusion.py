@@ -122,12 +122,12 @@ def load(
     """A policy from a diffusers model.
 
     model: folder or hub name; pipeline: a diffusers class, or "module:Class" of your own. plan: which steps are
-    stochastic; sampler: how, "native" for the scheduler's own noise. call: arguments of the pipeline's own call (height, num_inference_steps, guidance_scale, ...).
-    dtype: of the weights. train: names of trained components, by default those that predict the steps. lora: rank, alpha
-    and targets of adapters; without it the components are trained whole. reduction: over the latent elements of a
-    decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps of
-    these samples in one forward of a replay. same_noise: start noise shared inside a group. columns: of
-    the data, passed to the call. cache: folder in which encodings are kept between runs.
+    stochastic; sampler: how, "native" for the scheduler's own noise. call: arguments of the pipeline's own call (height,
+    num_inference_steps, guidance_scale, ...). dtype: of the weights. train: names of trained components, by default those
+    that predict the steps. lora: rank, alpha and targets of adapters; without it the components are trained whole.
+    reduction: over the latent elements of a decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps
+    of these samples in one forward of a replay. same_noise: start noise shared inside a group. columns: of the data,
+    passed to the call. cache: folder in which encodings are kept between runs.
     """
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")

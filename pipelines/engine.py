@@ -127,10 +127,8 @@ class Engine:
         """Samples per second of the sound that the pipeline makes, from its decoder's configuration."""
         names = [name for name in ("vae", "vocoder") if name in self.tape.modules]
         found = [attrgetter("config")(self.tape.modules[name]) for name in names]
-        configs: list[Mapping[str, Any]] = [
-            config if isinstance(config, Mapping) else config.to_dict()
-            for config in found  # of transformers
-        ]
+        # a config of diffusers is a mapping, one of transformers becomes one
+        configs: list[Mapping[str, Any]] = [one if isinstance(one, Mapping) else one.to_dict() for one in found]
         rates = [config["sampling_rate"] for config in configs if "sampling_rate" in config]
         return int(rates[-1]) if rates else None
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mmgrpo.types import Batch, Chunk, Prompt, Trajectory
 from pipelines import arguments
-from pipelines.batching import Unbatchable
 from pipelines.engine import Engine, probe_batch
-from pipelines.listeners import ReplayMismatch, Stub
+from pipelines.listeners import Stub
 
 ENDS = "the first and last row"
 ALONE = "a step without those before it"
@@ -25,16 +24,9 @@ ROUNDING = {
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
 }  # relative, between two batch shapes
-REFUSALS = (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    IndexError,
-    AttributeError,
-    KeyError,
-    NotImplementedError,
-    AssertionError,
-)
+REFUSALS = (  # how pipelines and their modules turn down a batch that they do not support
+    ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError
+)  # fmt: skip
 
 
 def settle(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
@@ -48,17 +40,15 @@ def settle(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
     asked_steps = engine.options.replay_steps
     engine.options = replace(engine.options, replay_steps=1)
     for form, mixed in ways(engine):
-        engine.layout.form, engine.layout.mixed, engine.layout.seated = form, mixed, False
+        engine.layout.form, engine.layout.mixed = form, mixed
         rows = 1 if form == "single" else min(3, engine.options.rollout_rows)
         asked = [prompts[row % 2 % len(prompts)] if mixed else prompts[0] for row in range(rows)]
         for engine.stub in map(Stub, Stub.LADDER):
             reason = attempt(engine, probe_batch(asked, range(rows)))
             if reason is None:
-                way = (
-                    f"{form}{' of mixed prompts' if mixed else ''}{' at fixed places' if engine.layout.seated else ''}"
-                )
+                kept = ", rows at fixed places" if engine.layout.seated else ""
                 return [
-                    f"replay: {way}, unwanted steps {engine.stub.kind}",
+                    f"replay: {form}{', mixed' if mixed else ''}, unwanted steps {engine.stub.kind}{kept}",
                     *(f"not {way}: {reason}" for way, reason in tried.items()),
                     *share_forward(engine, asked, asked_steps),
                 ]
@@ -71,12 +61,13 @@ def settle(engine: Engine, prompts: Sequence[Prompt]) -> list[str]:
 
 def attempt(engine: Engine, batch: Batch) -> str | None:
     """Why this way does not replay exactly, or None; notes in the layout if rows must keep their places."""
+    engine.layout.seated = False
     try:
         reason = difference(engine, batch)
         if reason is not None and ENDS in reason:
             engine.layout.seated = True
             reason = difference(engine, batch)
-    except (ReplayMismatch, *REFUSALS) as error:  # pipelines refuse unsupported batches in any of these ways
+    except REFUSALS as error:
         return shown(error)
     return reason
 
@@ -96,8 +87,8 @@ def share_forward(engine: Engine, prompts: Sequence[Prompt], steps: int) -> list
         worst = max(
             float(log_ratios(engine, part).abs().max()) for part in (trajectory, trajectory.take(ends(trajectory)))
         )
-    except (Unbatchable, *REFUSALS) as error:  # modules refuse unsupported batches in any of these ways
-        reason = " ".join(str(error).split())[:200]
+    except REFUSALS as error:
+        reason = shown(error)
     if reason is not None:
         engine.options = replace(engine.options, replay_steps=1)
         return [f"steps are replayed one at a time: {reason}"]

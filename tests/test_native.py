@@ -7,6 +7,7 @@ from tiny_pipelines.policy import NAMED, batch_of, policy_of
 
 from mmgrpo.improve import evaluate
 from pipelines.native import native
+from pipelines.schedulers import INDEXED
 
 F64 = torch.float64
 STEPS = 6
@@ -28,9 +29,9 @@ def step_of(scheduler, place: int, channels: int = 1):
     """The scheduler at a step of its schedule, and the arguments of that step."""
     scheduler.set_timesteps(STEPS)
     for timestep in scheduler.timesteps[:place]:
-        if hasattr(scheduler, "_step_index"):
+        if isinstance(scheduler, INDEXED):
             scheduler.step(torch.zeros(2, channels, 3, 3), timestep, torch.zeros(2, 1, 3, 3))
-    if hasattr(scheduler, "model_outputs"):  # the first-order form has no history
+    if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):  # the first-order form has no history
         scheduler.model_outputs, scheduler.lower_order_nums = [None] * scheduler.config.solver_order, 0
     generator = torch.Generator().manual_seed(place)
     sample = torch.randn(2, 1, 3, 3, generator=generator, dtype=F64)

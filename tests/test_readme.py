@@ -1,5 +1,6 @@
-"""The README's own example runs as it stands."""
+"""The README's own example runs as it stands, and what it offers instead is there."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -25,3 +26,10 @@ def test_the_example_of_another_pipeline_and_reward_trains(tmp_path: Path, monke
     run = train(load(tmp_path / "mine.toml", ["train.iterations=1", "train.prompts=2"]), tmp_path / "run")
     assert run.iteration == 1
     assert list(run.rewards) == ["redness"]
+
+
+def test_every_sampler_and_plan_that_the_example_offers_instead_is_there() -> None:
+    lines = re.findall(r'"(mmgrpo\.\w+):\w+" \} +# or ([\w, ]+)', block("toml"))
+    assert len(lines) == 2
+    for module, names in lines:
+        assert set(names.split(", ")) <= vars(importlib.import_module(module)).keys(), names

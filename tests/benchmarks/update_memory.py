@@ -12,11 +12,9 @@ from functools import partial
 import torch
 from torch.autograd.profiler import profile
 
-from mmgrpo import trainer
 from mmgrpo.run import Run
-from mmgrpo.types import Trajectory
 
-from .measuring import Bench, advantages, built, group, options, report, seconds, started, throughput, with_decisions
+from .measuring import Bench, built, group, options, report, seconds, started, throughput, update, with_decisions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,12 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     again = partial(update, run, warm)
     rates = throughput(again, seconds(again, bench.device), len(warm), bench)
     report("update_memory", bench, {"growth": max(peaks) / min(peaks) - 1, "points": points} | rates)
-
-
-def update(run: Run, trajectory: Trajectory) -> None:
-    """The trainer's, from every row."""
-    rows = torch.arange(len(trajectory))
-    trainer.update(run, trajectory, advantages(trajectory), torch.ones_like(rows, dtype=torch.bool), rows)
 
 
 def measured(bench: Bench, run: Run, samples: int, decisions: int) -> dict[str, int]:
