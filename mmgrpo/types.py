@@ -88,6 +88,8 @@ class Samples:
     audio: Tensor | None = None  # (B, C, N) float32 in [-1, 1]
     rate: int | None = None  # of the audio, Hz
     text: tuple[str, ...] | None = None  # B
+    length: Tensor | None = None  # (B,) int64 tokens of the text, its end included
+    finished: Tensor | None = None  # (B,) bool: the text ended by itself, not at the limit
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -99,7 +101,7 @@ class Samples:
     def take(self, rows: Tensor) -> "Samples":
         """The given rows of every field."""
         text = None if self.text is None else tuple(self.text[row] for row in rows.tolist())
-        media = {name: getattr(self, name) for name in ("image", "video", "audio")}
+        media = {name: getattr(self, name) for name in ("image", "video", "audio", "length", "finished")}
         taken = {name: tensor[consecutive(rows)] for name, tensor in media.items() if tensor is not None}
         return replace(self, batch=self.batch.take(rows), text=text, **taken)
 
