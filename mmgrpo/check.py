@@ -5,15 +5,17 @@ from pathlib import Path
 
 import torch
 
+from mmgrpo import diagnostics
 from mmgrpo.data import requests
-from mmgrpo.improve import accumulate
-from mmgrpo.objectives import needs
+from mmgrpo.improve import Measured, accumulate
+from mmgrpo.objectives import clip_width, facts
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
 from mmgrpo.scoring import score
 from mmgrpo.types import Batch, Finding, Samples, Trajectory
 
 FEWEST = 2  # prompts that are tried
+LISTED = 32  # trained decisions that are named one by one
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def probe(run: Run) -> Batch:
 
 def trained_decisions(trajectory: Trajectory) -> Finding:
     steps = trajectory.mask.any(0).nonzero().flatten().tolist()
-    return Finding(bool(steps), "plan", f"decisions {steps} of {trajectory.mask.shape[1]} are trained")
+    listed = steps if len(steps) <= LISTED else f"{steps[0]} to {steps[-1]}"
+    return Finding(bool(steps), "plan", f"decisions {listed} of {trajectory.mask.shape[1]} are trained")
 
 
 def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
@@ -81,13 +84,29 @@ def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
     norm = torch.stack([value.norm() for value in found]).norm() if found else torch.zeros(())
     for value in run.policy.trainable().values():
         value.grad = None
-    missing = [name for name in needs(run.loss.objective) if name not in measured.values]
+    missing = [name for name in facts(run.loss.objective).needs if name not in measured.values]
     worst = float(torch.where(trajectory.mask, measured.values["log_ratio"], 0).abs().max())
     return [
         Finding(not missing, "objective", f"lacks {missing}" if missing else "has every field that it needs"),
         Finding(worst == 0, "on-policy", f"largest |log-ratio| {worst:.1e}; expected exactly 0"),
         Finding(bool(norm > 0 and norm.isfinite()), "gradient of the loss", f"norm {float(norm):.3e}"),
+        *sampler_noise(run, trajectory, measured),
     ]
+
+
+def sampler_noise(run: Run, trajectory: Trajectory, measured: Measured) -> list[Finding]:
+    """A sampler that computes by other kernels than the replay differs from it by less than what the objective clips."""
+    if "sampler_gap" not in measured.values:
+        return []
+    gap, mask = torch.where(trajectory.mask, measured.values["sampler_gap"], 0), trajectory.mask
+    if facts(run.loss.objective).couples == "sample":  # whose ratio is that of a mean
+        gap, mask = gap.sum(1) / mask.sum(1).clamp(min=1), mask.any(1)
+    noise, width = float(diagnostics.masked_mean(gap.abs(), mask)), clip_width(run.loss.objective)
+    said = f"its log-probs differ from the replay's by {noise:.1e} nats on average"
+    if width is None or noise < width:
+        return [Finding(True, "sampler", said)]
+    wanted = "expected more: widen objective.low and objective.high, or sample in a finer dtype"
+    return [Finding(False, "sampler", f"{said}, the objective clips at {width:g}; {wanted}")]
 
 
 def updates_survive(run: Run) -> Finding:

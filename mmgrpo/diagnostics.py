@@ -4,6 +4,7 @@ A mean over nothing is 0: a rank may hold no trained decision.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +54,49 @@ def absolute_log_ratio_per_step(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """
     same_shape(log_ratio=log_ratio, mask=mask)
     return torch.where(mask, log_ratio.abs(), 0).sum(0) / mask.sum(0).clamp(min=1)
+
+
+MOST_STEPS = 64  # whose ratios are told apart: denoising steps, not tokens
+
+
+@torch.no_grad()
+def decisions(values: Mapping[str, Tensor], slope: Tensor | None, mask: Tensor) -> dict[str, float]:
+    """How far the evaluated decisions moved, and the share on which the objective no longer pulls, by direction.
+
+    `values` are fields of `Evaluation` and `slope` d loss / d log_ratio, (B, S) each, NaN where nothing was evaluated.
+    """
+    log_ratio = torch.where(mask, values["log_ratio"], 0)
+    found = {
+        "ratio/mean": ratio_mean(log_ratio, mask),
+        "ratio/std": ratio_std(log_ratio, mask),
+        "ratio/max_abs_log": log_ratio.abs().max(),
+    }
+    if mask.shape[1] <= MOST_STEPS:
+        for step, value in enumerate(absolute_log_ratio_per_step(log_ratio, mask)):
+            if mask[:, step].any():
+                found[f"ratio/abs_log_step_{step}"] = value
+    for name in ("kl", "to_reference", "drift", "entropy"):
+        if name in values:
+            found[f"decisions/{name}"] = masked_mean(values[name], mask)
+    if "sampler_gap" in values:
+        gap = torch.where(mask, values["sampler_gap"], 0)
+        found["sampler/mean_abs_gap"], found["sampler/max_abs_gap"] = masked_mean(gap.abs(), mask), gap.abs().max()
+        found["sampler/mean_ratio"] = masked_mean(gap.exp(), mask)
+    if slope is not None:
+        still = mask & (slope == 0)
+        found["ratio/clipped_high"] = masked_mean((still & (log_ratio > 0)).float(), mask)
+        found["ratio/clipped_low"] = masked_mean((still & (log_ratio < 0)).float(), mask)
+    return {name: float(value) for name, value in found.items()}
+
+
+def lengths(masks: Sequence[Tensor]) -> dict[str, float]:
+    """Trained decisions per sample over several rollouts, (B, S) bool each: their mean, least and most."""
+    counts = torch.cat([mask.sum(1) for mask in masks]).double()
+    return {
+        "decisions/mean": float(counts.mean()),
+        "decisions/min": float(counts.min()),
+        "decisions/max": float(counts.max()),
+    }
 
 
 @torch.no_grad()

@@ -5,18 +5,17 @@ policy is replayed in chunks and each chunk's values are pushed back with their 
 of one large batch for every split. Axes: B samples, S decisions, b and s those of a chunk.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from mmgrpo.objectives import masked, weighted_sum
+from mmgrpo.kl import KL
+from mmgrpo.objectives import Objective, facts, masked, weighted_sum
 from mmgrpo.types import Chunk, Evaluation, Policy, Reference, Trajectory, require_shape, same_shape
 
-Objective = Callable[[Evaluation, Tensor], Tensor]  # (b, s) evaluation, (b, s) advantages -> (b, s) losses
-KL = Callable[[Evaluation], Tensor]  # -> (b, s)
-CONSTANTS = ("step_std", "dt")  # fields of an evaluation that carry no gradient
+CONSTANTS = ("sampler_gap", "step_std", "dt", "mask")  # fields of an evaluation that carry no gradient
 
 
 class NonFiniteError(FloatingPointError):
@@ -30,7 +29,11 @@ class Loss:
     objective: Objective
     kl: KL | None = None
     kl_weight: float = 0.0
-    coupled: bool = False  # the objective joins decisions that a chunk may not hold together
+
+    def whole(self, policy: Policy) -> bool:
+        """Whether the objective joins decisions that a chunk of the policy's replay may not hold together."""
+        couples = facts(self.objective).couples
+        return couples == "batch" or (couples == "sample" and not policy.whole_samples)
 
     def terms(self, evaluation: Evaluation, advantages: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """The named terms, each a scalar; weights (b, s) hold the reduction, 0 where a decision is not trained."""
@@ -97,12 +100,16 @@ def accumulate(
     weights: Tensor,
     loss: Loss,
     reference: Reference | None = None,
+    fresh: bool = False,
 ) -> Measured:
-    """Add the gradient of the loss over a trajectory to the policy's parameters; advantages and weights are (B, S)."""
+    """Add the gradient of the loss over a trajectory to the policy's parameters; advantages and weights are (B, S).
+
+    `fresh`: today's weights are those that sampled, so every log-ratio is known to be 0 without a forward.
+    """
     same_shape(mask=trajectory.mask, advantages=advantages, weights=weights)
     held = reference if loss.kl_weight else None
     measured = Measured()
-    whole = whole_slopes(policy, trajectory, advantages, weights, loss, held) if loss.coupled else None
+    whole = whole_slopes(policy, trajectory, advantages, weights, loss, held, fresh) if loss.whole(policy) else None
 
     def consume(chunk: Chunk) -> None:
         rows, steps = chunk.rows.unsqueeze(1), chunk.steps
@@ -129,9 +136,13 @@ def whole_slopes(
     weights: Tensor,
     loss: Loss,
     reference: Reference | None,
+    fresh: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Slopes over the whole trajectory at once, for objectives that couple decisions; costs a replay without gradient."""
-    evaluation = evaluate(policy, trajectory, reference)
+    """Slopes over the whole trajectory at once; costs a replay without gradient, except of the log-ratio alone when fresh."""
+    if fresh and reference is None and not facts(loss.objective).needs:
+        evaluation = Evaluation(torch.zeros(trajectory.mask.shape))
+    else:
+        evaluation = evaluate(policy, trajectory, reference)
     kind = evaluation.log_ratio
     return slopes(evaluation, advantages.to(kind), weights.to(kind), loss)
 

@@ -1,4 +1,4 @@
-"""Losses of single decisions, the weights that add them up, and estimates of the KL to a reference.
+"""Losses of single decisions, and the weights that add them up.
 
 An objective is (evaluation, advantages (B, S), *, options) -> (B, S) losses. An aggregation is (mask (B, S), *, options) ->
 (B, S) weights. The loss of an update is
@@ -13,9 +13,12 @@ Clip widths are for the reduction of the log-ratio at hand: about 0.2 for tokens
 Axes: B samples, S decisions.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +27,14 @@ from mmgrpo.types import Evaluation, require_shape, same_shape
 
 Objective = Callable[[Evaluation, Tensor], Tensor]
 Aggregation = Callable[..., Tensor]
+Level = Literal["decision", "sample", "batch"]  # what an objective must see together
 
 
 def masked(evaluation: Evaluation, mask: Tensor) -> Evaluation:
     """The evaluation with 0 in the decisions that are not trained, without gradient to them; mask (B, S) bool."""
-    same_shape(mask=mask, **evaluation.tensors())
-    return Evaluation(**{name: torch.where(mask, value, 0) for name, value in evaluation.tensors().items()})
+    same_shape(**{"mask": mask} | evaluation.tensors())
+    trained = {name: torch.where(mask, value, 0) for name, value in evaluation.tensors().items() if name != "mask"}
+    return Evaluation(**trained, mask=mask)
 
 
 # Objectives
@@ -61,18 +66,145 @@ def guarded(
     log ratio' = step_std * (log_ratio + drift), linear in the move of the mean. `scale_by_dt` divides the loss by the length
     of the step, as the paper and the authors' code do. All reductions over event dimensions are means.
     """
-    drift, std, dt = (_required(evaluation, name) for name in NEEDS[guarded])
+    drift, std, dt = (_required(evaluation, name) for name in FACTS[guarded].needs)
     same_shape(log_ratio=evaluation.log_ratio, drift=drift, step_std=std, dt=dt, advantages=advantages)
     loss = _clipped(std * (evaluation.log_ratio + drift), advantages, low, high, None)
     return loss / torch.where(dt > 0, dt, 1) if scale_by_dt else loss
 
 
-NEEDS: Mapping[Callable[..., Tensor], tuple[str, ...]] = {guarded: ("drift", "step_std", "dt")}
+def gspo(evaluation: Evaluation, advantages: Tensor, *, low: float = 3e-4, high: float = 4e-4) -> Tensor:
+    """GSPO (arXiv 2507.18071, eq. 5): PPO's clip of a sample's own ratio, exp of its mean log-ratio; -> (B, S).
+
+    Every decision of a sample has the sample's loss: add them up with `seq_mean`, `token_mean` would weight by length.
+    """
+    same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
+    return _clipped(sample_mean(evaluation), advantages, low, high, None)
 
 
-def needs(objective: Objective) -> tuple[str, ...]:
-    """The fields of `Evaluation` beyond log_ratio without which the objective cannot be computed."""
-    return NEEDS.get(_unbound(objective), ())
+def gspo_token(evaluation: Evaluation, advantages: Tensor, *, low: float = 3e-4, high: float = 4e-4) -> Tensor:
+    """GSPO-token (arXiv 2507.18071, eq. 14): the value of `gspo`, the gradient through each decision's own log-prob; -> (B, S).
+
+    Equal to `gspo` where the advantages of a sample are; meant for advantages per decision.
+    """
+    own = evaluation.log_ratio
+    same_shape(log_ratio=own, advantages=advantages)
+    return _clipped(sample_mean(evaluation).detach() + own - own.detach(), advantages, low, high, None)
+
+
+def cispo(evaluation: Evaluation, advantages: Tensor, *, cap: float = 5.0) -> Tensor:
+    """CISPO (arXiv 2506.13585, eq. 4): -A * log pi under the weight min(ratio, cap), which carries no gradient; -> (B, S).
+
+    No lower bound, as MiniMax uses it and ScaleRL (arXiv 2510.13786) recommends with a cap of 5. log_ratio stands for
+    log pi: the gradient is the same, the value of the loss is another.
+    """
+    if cap <= 0:
+        raise ValueError(f"cap is {cap}; expected a positive bound of the ratio")
+    same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
+    weight = evaluation.log_ratio.detach().clamp(max=math.log(cap)).exp()
+    return -weight * advantages * evaluation.log_ratio
+
+
+def sample_mean(evaluation: Evaluation) -> Tensor:
+    """The mean log-ratio of a sample's trained decisions, at each of its decisions; (B, S)."""
+    trained = _trained(evaluation)
+    total = torch.where(trained, evaluation.log_ratio, 0).sum(1, keepdim=True)
+    return (total / trained.sum(1, keepdim=True).clamp(min=1)).expand_as(trained)
+
+
+# Weights that carry no gradient and leave the denominators alone
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An objective whose losses are multiplied by a weight without gradient."""
+
+    objective: Objective
+    weight: Callable[[Evaluation], Tensor]  # -> (B, S)
+    needs: tuple[str, ...]
+    couples: Level
+
+    def __call__(self, evaluation: Evaluation, advantages: Tensor) -> Tensor:
+        return self.objective(evaluation, advantages) * self.weight(evaluation).detach()
+
+
+def sampler_corrected(
+    *,
+    objective: Objective = clipped,
+    cap: float = 2.0,
+    floor: float | None = None,
+    mode: Literal["truncate", "mask"] = "truncate",
+    level: Literal["decision", "sample"] = "decision",
+) -> Weighted:
+    """An objective for decisions that were sampled by other kernels than the replay's: times pi_replay / pi_sampler.
+
+    Both under the weights that sampled, from the policy's `sampler_gap`; the product over a sample's decisions if `level`
+    is "sample". "truncate" limits the weight to [floor, cap] (TIS), "mask" makes it 0 outside (MIS, arXiv 2510.18855).
+    """
+    if cap < 1 or (floor is not None and not 0 < floor <= 1):
+        raise ValueError(f"cap and floor are {cap} and {floor}; expected at least 1, and at most 1 or none")
+    weight = partial(sampler_weight, cap=cap, floor=floor or 0.0, mode=mode, level=level)
+    return Weighted(objective, weight, ("sampler_gap",), "sample" if level == "sample" else "decision")
+
+
+def sampler_weight(evaluation: Evaluation, *, cap: float, floor: float, mode: str, level: str) -> Tensor:
+    """exp of the sampler's gap, of one decision or of a sample's sum, limited to [floor, cap] or 0 outside; (B, S)."""
+    gap = _required(evaluation, "sampler_gap")
+    weight = (gap.sum(1, keepdim=True).expand_as(gap) if level == "sample" else gap).exp()
+    if mode == "truncate":
+        return weight.clamp(floor, cap)
+    return torch.where((weight >= floor) & (weight <= cap), weight, 0)
+
+
+def top_entropy(*, objective: Objective = clipped, share: float = 0.2) -> Weighted:
+    """An objective on the decisions of highest entropy alone (arXiv 2506.01939): the top `share` of an update's decisions.
+
+    The others weigh 0 and stay in the denominators.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; expected a number in [0, 1]")
+    return Weighted(objective, partial(in_top_share, share=share), ("entropy",), "batch")
+
+
+def in_top_share(evaluation: Evaluation, *, share: float) -> Tensor:
+    """1 where the entropy reaches the (1 - share) quantile of all trained decisions, linearly interpolated; (B, S)."""
+    entropy, trained = _required(evaluation, "entropy").detach(), _trained(evaluation)
+    if not trained.any():
+        return torch.zeros_like(entropy)
+    ordered = entropy[trained].sort().values  # torch.quantile refuses more than 2^24 values
+    place = (1 - share) * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return (trained & (entropy >= torch.lerp(low, high, place - math.floor(place)))).to(entropy.dtype)
+
+
+class Facts(NamedTuple):
+    """What must be known of an objective before it is computed."""
+
+    needs: tuple[str, ...] = ()  # fields of `Evaluation` beyond log_ratio
+    couples: Level = "decision"
+
+
+FACTS: Mapping[Callable[..., Tensor], Facts] = {
+    guarded: Facts(("drift", "step_std", "dt")),
+    gspo: Facts(couples="sample"),
+    gspo_token: Facts(couples="sample"),
+}
+
+
+def facts(objective: Objective) -> Facts:
+    """Of an objective as a recipe builds it: options bound with functools.partial, weights around it."""
+    if isinstance(objective, Weighted):
+        inner = facts(objective.objective)
+        widest = max(inner.couples, objective.couples, key=("decision", "sample", "batch").index)
+        return Facts((*inner.needs, *objective.needs), widest)
+    return FACTS.get(_unbound(objective), Facts())
+
+
+def clip_width(objective: Objective) -> float | None:
+    """The smaller distance from 1 at which the objective clips its ratio; None if it does not."""
+    if isinstance(objective, Weighted):
+        return clip_width(objective.objective)
+    options = inspect.signature(objective).parameters
+    return min((options[name].default for name in ("low", "high") if name in options), default=None)
 
 
 def _clipped(log_ratio: Tensor, advantages: Tensor, low: float, high: float, ceiling: float | None) -> Tensor:
@@ -85,6 +217,11 @@ def _clipped(log_ratio: Tensor, advantages: Tensor, low: float, high: float, cei
     raised = log_ratio.clamp(max=math.log1p(high))  # A >= 0 gains nothing above
     lowered = log_ratio.clamp(min=floor, max=None if ceiling is None else math.log(ceiling))  # nor A < 0 below
     return -advantages * torch.where(advantages >= 0, raised, lowered).exp()
+
+
+def _trained(evaluation: Evaluation) -> Tensor:
+    """(B, S) bool; everything where no mask was set."""
+    return torch.ones_like(evaluation.log_ratio, dtype=torch.bool) if evaluation.mask is None else evaluation.mask
 
 
 def _required(evaluation: Evaluation, name: str) -> Tensor:
@@ -148,34 +285,3 @@ def _at_least_one(aggregation: Aggregation, mask: Tensor, keep: Tensor | None, t
 def _unbound(component: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function under the options bound with functools.partial."""
     return _unbound(component.func) if isinstance(component, partial) else component
-
-
-# KL to a reference, per decision; in closed form for Gaussian steps (transitions.kl), estimated where only samples exist
-
-
-def k1(log_ratio: Tensor) -> Tensor:
-    """log pi - log pi_ref of a sample of pi: unbiased, any sign; its gradient as a loss is 0 on average: for rewards only."""
-    return log_ratio
-
-
-def k2(log_ratio: Tensor) -> Tensor:
-    """Half the square of log pi - log pi_ref: biased, but on samples of pi its gradient is that of KL(pi || ref)."""
-    return log_ratio.square() / 2
-
-
-def k3(log_ratio: Tensor) -> Tensor:
-    """exp(-d) - 1 + d with d = log pi - log pi_ref: unbiased, never negative; its gradient is that of KL(ref || pi).
-
-    d is limited to [-10, 10], beyond which the estimate is constant. Schulman, "Approximating KL Divergence" (2020).
-    """
-    d = log_ratio.clamp(-10, 10)
-    return torch.expm1(-d) + d
-
-
-def flow_grpo_kl(kl: Tensor, dt: Tensor) -> Tensor:
-    """KL of a Gaussian step times its length: the scale in which Flow-GRPO's beta of 0.04 and 0.01 are published; (B, S).
-
-    The paper (arXiv 2505.05470) has the closed form; the authors' code divides by 2 g^2 instead of 2 g^2 dt.
-    """
-    same_shape(kl=kl, dt=dt)
-    return kl * dt

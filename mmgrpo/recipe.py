@@ -61,7 +61,7 @@ class Loss:
     aggregation: Literal["seq_mean", "token_mean", "constant"] = "seq_mean"  # how (B, S) losses become one number
     length: Count | None = None  # decisions that a sequence is divided by, for "constant"
     kl_weight: NotNegative = 0.0  # of the KL to the reference, in the units of `kl`
-    kl: Literal["exact", "flow_grpo"] = "exact"  # closed form in nats, or the scaling of Flow-GRPO's code
+    kl: Literal["exact", "flow_grpo", "k2", "k3", "k3_unbiased"] = "exact"  # mmgrpo/kl.py: closed forms, then estimates
 
 
 @section
@@ -103,6 +103,9 @@ class Train:
     iterations: Count  # rollouts in the run
     prompts: Count  # per iteration, over all ranks
     group_size: Count  # samples per prompt, at least 2
+    rounds: Count = (
+        1  # rollouts at most, until `prompts` groups have differences to learn from (DAPO's dynamic sampling)
+    )
     updates: Count = 1  # optimizer updates per pass over a rollout; divides `prompts`
     passes: Count = 1  # times a rollout is used
     drop_zero_advantage: bool = True  # samples with advantage 0 are not replayed

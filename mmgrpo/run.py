@@ -11,11 +11,13 @@ from torch import Tensor
 
 from mmgrpo import checkpoint, objectives, packing, seeds
 from mmgrpo.data import load_prompts
-from mmgrpo.improve import KL, Loss
+from mmgrpo.improve import Loss
+from mmgrpo.kl import KINDS
 from mmgrpo.recipe import Recipe, build
 from mmgrpo.shadow import Reference, Shadow
-from mmgrpo.types import AdvantageFunction, Evaluation, Policy, Prompt, Reward
+from mmgrpo.types import AdvantageFunction, Policy, Prompt, Reward
 
+COUNTERS = ("iteration", "rollouts", "updates", "samples")
 AGGREGATIONS = {"seq_mean": objectives.seq_mean, "token_mean": objectives.token_mean}
 
 
@@ -30,11 +32,12 @@ class Run:
     rewards: Mapping[str, Reward]
     compare: AdvantageFunction
     loss: Loss
-    aggregate: Callable[[Tensor], Tensor]
+    aggregate: Callable[..., Tensor]  # (B, S) mask, keep=(B,) -> (B, S) weights
     optimizer: torch.optim.Optimizer
     reference: Reference
     average: Shadow | None
     iteration: int = 0  # the next one
+    rollouts: int = 0  # so far: the position in the prompts
     updates: int = 0  # optimizer updates so far
     samples: int = 0  # samples generated so far
 
@@ -81,7 +84,7 @@ def start(recipe: Recipe) -> Run:
         held_out=load_prompts(held_out.source, **held_out.options) if held_out.source else [],
         rewards={reward.name: build(reward.component, f"rewards.{reward.name}") for reward in recipe.rewards},
         compare=build(recipe.advantage, "advantage"),
-        loss=Loss(build(recipe.objective, "objective"), kl_of(recipe.loss.kl), recipe.loss.kl_weight),
+        loss=Loss(build(recipe.objective, "objective"), KINDS[recipe.loss.kl], recipe.loss.kl_weight),
         aggregate=aggregation(recipe),
         optimizer=optimizer,
         reference=Reference(reference.kind, trainable, adapters_off=off, **decay),
@@ -89,31 +92,12 @@ def start(recipe: Recipe) -> Run:
     )
 
 
-def aggregation(recipe: Recipe) -> Callable[[Tensor], Tensor]:
-    """(B, S) mask -> (B, S) weights of the loss."""
+def aggregation(recipe: Recipe) -> Callable[..., Tensor]:
+    """(B, S) mask, keep=(B,) -> (B, S) weights of the loss."""
     if recipe.loss.aggregation == "constant":
         assert recipe.loss.length is not None  # the recipe was checked
         return partial(objectives.constant, length=recipe.loss.length)
     return AGGREGATIONS[recipe.loss.aggregation]
-
-
-def kl_of(name: str) -> KL:
-    """The KL term by its name in a recipe."""
-    return {"exact": exact_kl, "flow_grpo": scaled_kl}[name]
-
-
-def exact_kl(evaluation: Evaluation) -> Tensor:
-    """The KL to the reference as the policy computed it, (b, s); raises ValueError if it did not."""
-    if evaluation.kl is None:
-        raise ValueError("loss.kl_weight is set, but the policy returned no KL to its reference")
-    return evaluation.kl
-
-
-def scaled_kl(evaluation: Evaluation) -> Tensor:
-    """Flow-GRPO's code divides by 2 g^2 instead of 2 S^2: the exact KL times the step's length."""
-    if evaluation.dt is None:
-        raise ValueError("loss.kl is 'flow_grpo', but the policy's decisions have no step length; expected 'exact'")
-    return objectives.flow_grpo_kl(exact_kl(evaluation), evaluation.dt)
 
 
 def save(run: Run, folder: Path) -> Path:
@@ -127,7 +111,7 @@ def save(run: Run, folder: Path) -> Path:
     }
     if run.average is not None:
         tensors["average"] = run.average.tensors()
-    counters = {"iteration": run.iteration, "updates": run.updates, "samples": run.samples}
+    counters = {name: getattr(run, name) for name in COUNTERS}
     facts = {"counters": counters, "optimizer": optimizer.facts, "random": random.facts}
 
     def export(path: Path) -> None:
@@ -147,7 +131,7 @@ def restore(run: Run, path: Path) -> Run:
         run.average.load(tensors["average"])
     packing.restore_random_states(packing.Packed(tensors["random"], facts["random"]))
     counters = facts["counters"]
-    assert isinstance(counters, dict)
+    assert isinstance(counters, dict) and counters.keys() == set(COUNTERS)
     return replace(run, **counters)
 
 

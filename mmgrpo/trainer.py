@@ -1,6 +1,7 @@
 """The loop: roll out, score, compare inside groups, improve, report. It knows no modality, reward or algorithm by name."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -8,14 +9,13 @@ from torch import Tensor
 
 from mmgrpo import checkpoint, diagnostics
 from mmgrpo.check import require_sound
-from mmgrpo.data import choose, requests
 from mmgrpo.evaluation import held_out
+from mmgrpo.gathering import gather
 from mmgrpo.improve import Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
 from mmgrpo.journal import Journal, Stopwatch, peak_memory
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
-from mmgrpo.scoring import score
 from mmgrpo.selection import extremes, minibatches
 from mmgrpo.types import Advantage, Trajectory
 
@@ -86,29 +86,18 @@ def guarded_iteration(run: Run, folder: Path) -> dict[str, float]:
 
 
 def iteration(run: Run) -> dict[str, float]:
-    """One rollout and the updates made from it; -> metrics."""
-    phases, options = Stopwatch(run.device), run.recipe.train
-    batch = requests(
-        run.prompts,
-        choose(len(run.prompts), options.prompts, run.recipe.seed, run.iteration),
-        group_size=options.group_size,
-        seed=run.recipe.seed,
-        iteration=run.iteration,
-    )
-    with phases.measure("rollout"):
-        trajectory, samples = run.policy.rollout(batch)
-    with phases.measure("score"):
-        feedback = score(run.rewards, run.weights, samples)
-    advantage = run.compare(feedback)
+    """One rollout, or several until enough groups differ inside, and the updates made from it; -> metrics."""
+    phases = Stopwatch(run.device)
+    rolled = gather(run, phases)
+    advantage = run.compare(rolled.feedback)
     with phases.measure("update"):
-        metrics = improve(run, trajectory, advantage)
-    run.samples += len(batch)
+        metrics = improve(run, rolled.trajectory, advantage)
     run.reference.after_iteration()
-    judged = {f"reward/{name}": value for name, value in diagnostics.reward_summary(feedback).items()}
+    judged = {f"reward/{name}": value for name, value in diagnostics.reward_summary(rolled.judged).items()}
     compared = {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     seconds = phases.take()
-    speed = {"samples_per_second": len(batch) / sum(seconds.values())}
-    return metrics | judged | compared | seconds | speed | peak_memory(run.device)
+    rollout = rolled.metrics | {"samples_per_second": len(rolled.judged.group) / sum(seconds.values())}
+    return metrics | judged | compared | seconds | rollout | peak_memory(run.device)
 
 
 def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str, float]:
@@ -116,33 +105,46 @@ def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str,
     options = run.recipe.train
     values = advantage.values.unsqueeze(1) if advantage.values.dim() == 1 else advantage.values
     values = values.expand(trajectory.mask.shape)
-    keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share)
+    keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share) & trajectory.mask.any(1)
+    parts = [weighed(run, trajectory, values, keep, rows) for rows in minibatches(trajectory.group, options.updates)]
+    later = parts if options.passes > 1 else parts[1:]  # evaluated again after the weights have changed
+    if later:
+        trajectory = run.policy.anchor(trajectory, [part.rows for part in later])
     seen: list[dict[str, float]] = []
-    for _ in range(options.passes):
-        for rows in minibatches(trajectory.group, options.updates):
-            seen.append(update(run, trajectory, values, keep, rows))
+    for part in parts * options.passes:
+        seen.append(update(run, trajectory, values, part, fresh=not seen))
     return seen[-1] | {f"{name}/first": value for name, value in seen[0].items()}
 
 
-def update(run: Run, trajectory: Trajectory, advantages: Tensor, keep: Tensor, rows: Tensor) -> dict[str, float]:
-    """One optimizer update from the given rows; samples that cannot move the loss are not evaluated."""
-    weights = torch.zeros(trajectory.mask.shape)
-    weights[rows] = run.aggregate(trajectory.mask[rows] & keep[rows].unsqueeze(1))
+class Part(NamedTuple):
+    """The samples of one update that can move the loss."""
+
+    rows: Tensor  # (b,) int64 of the trajectory
+    weights: Tensor  # (b, S) of their decisions in the loss; the denominators count every sample that is kept
+
+
+def weighed(run: Run, trajectory: Trajectory, advantages: Tensor, keep: Tensor, rows: Tensor) -> Part:
+    """The rows of one update; those that add nothing to its gradient are left out, but not out of its denominators."""
+    weights = run.aggregate(trajectory.mask[rows], keep=keep[rows])
     used = weights.ne(0).any(1)
     if run.recipe.train.drop_zero_advantage and not run.loss.kl_weight:
-        used &= advantages.ne(0).any(1)
-    rows = used.nonzero().flatten()
-    if len(rows) == 0:
+        used &= advantages[rows].ne(0).any(1)
+    return Part(rows[used], weights[used])
+
+
+def update(run: Run, trajectory: Trajectory, advantages: Tensor, part: Part, fresh: bool) -> dict[str, float]:
+    """One optimizer update from the rows of a part."""
+    if len(part.rows) == 0:
         return {"update/samples": 0.0}
-    part = trajectory.take(rows)
+    chosen = trajectory.take(part.rows)
     held = run.reference if run.reference.active else None
     try:
-        measured = accumulate(run.policy, part, advantages[rows], weights[rows], run.loss, held)
+        measured = accumulate(run.policy, chosen, advantages[part.rows], part.weights, run.loss, held, fresh)
         norm = clip_gradient(run)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}; sample ids {part.batch.sample.tolist()[:16]}") from error
+        raise NonFiniteError(f"{error}; sample ids {chosen.batch.sample.tolist()[:16]}") from error
     step(run)
-    return summary(measured, part, norm, run)
+    return summary(measured, chosen, norm, run)
 
 
 def clip_gradient(run: Run) -> float:
@@ -175,28 +177,8 @@ def summary(measured: Measured, part: Trajectory, norm: float, run: Run) -> dict
         "update/samples": float(len(part)),
         "update/learning_rate": run.learning_rate(),
     }
-    return plain | decisions(measured, part.mask)
-
-
-def decisions(measured: Measured, mask: Tensor) -> dict[str, float]:
-    """How far the evaluated decisions moved, and the share on which the objective no longer pulls, by direction."""
-    log_ratio = torch.where(mask, measured.values["log_ratio"], 0)
-    values = {
-        "ratio/mean": diagnostics.ratio_mean(log_ratio, mask),
-        "ratio/std": diagnostics.ratio_std(log_ratio, mask),
-        "ratio/max_abs_log": log_ratio.abs().max(),
-    }
-    for step, value in enumerate(diagnostics.absolute_log_ratio_per_step(log_ratio, mask).tolist()):
-        if mask[:, step].any():
-            values[f"ratio/abs_log_step_{step}"] = torch.tensor(value)
-    for name in ("kl", "drift", "entropy"):
-        if name in measured.values:
-            values[f"decisions/{name}"] = diagnostics.masked_mean(measured.values[name], mask)
-    if measured.slope is not None:
-        still = mask & (measured.slope == 0)
-        values["ratio/clipped_high"] = diagnostics.masked_mean((still & (log_ratio > 0)).float(), mask)
-        values["ratio/clipped_low"] = diagnostics.masked_mean((still & (log_ratio < 0)).float(), mask)
-    return {f"update/{name}": float(value) for name, value in values.items()}
+    moved = diagnostics.decisions(measured.values, measured.slope, part.mask)
+    return plain | {f"update/{name}": value for name, value in moved.items()}
 
 
 def progress() -> Progress:

@@ -176,9 +176,14 @@ class Evaluation:
     log_ratio: Tensor  # log new - log old, nats (per event dimension if the reduction is a mean)
     kl: Tensor | None = None  # to the reference policy
     entropy: Tensor | None = None
+    to_reference: Tensor | None = None  # log new - log reference of the recorded decision, nats as in log_ratio
+    sampler_gap: Tensor | None = (
+        None  # log-prob under the weights that sampled: of the replay - of the sampler, no gradient
+    )
     drift: Tensor | None = None  # KL of a Gaussian decision from the policy that sampled it
     step_std: Tensor | None = None  # S of a Gaussian decision, no gradient
     dt: Tensor | None = None  # positive length of a denoising step, no gradient
+    mask: Tensor | None = None  # bool: the decision is trained; set for objectives by `objectives.masked`
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""
@@ -213,6 +218,8 @@ class Finding(NamedTuple):
 class Policy(Protocol):
     """A generator whose decisions can be recorded and evaluated again."""
 
+    whole_samples: bool  # a chunk of a replay holds every trained decision of its samples
+
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Look at the run's prompts before anything else; raises ValueError if they cannot be used."""
         ...
@@ -223,6 +230,14 @@ class Policy(Protocol):
 
     def generate(self, batch: Batch) -> Samples:
         """Generate one sample per row as a user would: without exploration, recording nothing."""
+        ...
+
+    def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
+        """The trajectory with what a replay compares with, under today's weights, for rows that are replayed part by part.
+
+        Called before the first update if more than one is made. A policy that recorded it in the rollout returns the
+        trajectory itself.
+        """
         ...
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: "Reference | None" = None) -> None:

@@ -94,11 +94,12 @@ def evaluate(parts: Sequence[Part], reduction: Reduction) -> Evaluation:
     def reduce(values: list[Tensor]) -> Tensor:
         return (torch.stack(values).sum(0) / total).unsqueeze(1)
 
-    references = [(part.new, part.reference) for part in parts if part.reference is not None]
+    held = [(part.state, part.new, part.reference) for part in parts if part.reference is not None]
     return Evaluation(
         log_ratio=reduce([log_ratio(part.state, part.new, part.old, "sum") for part in parts]),
         drift=reduce([kl(part.new, part.old, "sum") for part in parts]),
-        kl=reduce([kl(new, reference, "sum") for new, reference in references]) if references else None,
+        kl=reduce([kl(new, reference, "sum") for _, new, reference in held]) if held else None,
+        to_reference=reduce([log_ratio(*part, "sum") for part in held]) if held else None,
         step_std=step_std(parts, counts).unsqueeze(1),
         dt=torch.stack([part.dt for part in parts]).mean().to(total.dtype).expand(len(total), 1),
     )

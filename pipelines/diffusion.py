@@ -33,6 +33,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class DiffusionPolicy:
     """A pipeline as a policy; `prepare` must have seen the run's prompts before anything else."""
 
+    whole_samples = False  # a replay hands over one step, or a few, at a time
+
     def __init__(
         self,
         engine: Engine,
@@ -73,6 +75,10 @@ class DiffusionPolicy:
     def generate(self, batch: Batch) -> Samples:
         """One sample per row with the noise of the sampler off."""
         return self.engine.generate(batch)
+
+    def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
+        """The trajectory itself: the rollout recorded the model outputs that a replay compares with."""
+        return trajectory
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
         """Evaluate the trained steps of a few rows at a time; each step is handed to `consume` as soon as it is known."""

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from mmgrpo.data import requests
 from mmgrpo.improve import Loss, NonFiniteError, accumulate, slopes
-from mmgrpo.objectives import clipped, guarded, reinforce, seq_mean
+from mmgrpo.objectives import clipped, gspo, guarded, reinforce, seq_mean, top_entropy
 from mmgrpo.selection import extremes, minibatches
 from mmgrpo.transitions import Gaussian, kl, log_ratio
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Trajectory
@@ -19,6 +19,8 @@ B, S, D = 6, 4, 5
 
 class GaussianPolicy:
     """A real policy at toy size: every decision is Gaussian around a linear map of its state; axes D features."""
+
+    whole_samples = False
 
     def __init__(self, rows: int, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -55,6 +57,7 @@ class GaussianPolicy:
                             drift=kl(new, old).view(shape),
                             step_std=torch.full(shape, 0.5, dtype=torch.float64),
                             dt=torch.full(shape, 0.1, dtype=torch.float64),
+                            entropy=new.mean.square().sum(1).view(shape),  # stands for any number that varies
                         ),
                     )
                 )
@@ -65,12 +68,6 @@ class GaussianPolicy:
 
 def batch() -> Batch:
     return requests([Prompt(0, "a"), Prompt(1, "b")], [0, 1], group_size=3, seed=0, iteration=0)
-
-
-def sequence_level(evaluation: Evaluation, advantages: Tensor) -> Tensor:
-    """An objective that couples all decisions of a sample: the clipped ratio of their mean."""
-    mean = evaluation.log_ratio.mean(1, keepdim=True).expand_as(evaluation.log_ratio)
-    return clipped(Evaluation(mean), advantages, low=0.5, high=0.5)
 
 
 def the_kl(evaluation: Evaluation) -> Tensor:
@@ -84,8 +81,9 @@ LOSSES = {
     "reinforce": Loss(reinforce),
     "guarded": Loss(partial(guarded, low=0.3, high=0.3)),
     "clipped with KL": Loss(partial(clipped, low=0.3, high=0.3), the_kl, 0.1),
-    "coupled": Loss(sequence_level, coupled=True),
-    "coupled with KL": Loss(sequence_level, the_kl, 0.1, coupled=True),
+    "coupled": Loss(partial(gspo, low=0.5, high=0.5)),
+    "coupled with KL": Loss(partial(gspo, low=0.5, high=0.5), the_kl, 0.1),
+    "coupled over the batch": Loss(top_entropy(objective=partial(clipped, low=0.3, high=0.3), share=0.5)),
 }
 
 
@@ -117,7 +115,7 @@ def test_any_chunking_gives_the_gradient_of_one_big_batch(name, cut):
 
 
 @pytest.mark.parametrize("cut", [(1, S), (B, 1), (2, 3), (1, 1)], ids=str)
-@pytest.mark.parametrize("name", ["coupled", "coupled with KL"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name.startswith("coupled")])
 def test_an_objective_that_couples_decisions_sees_them_all_whatever_the_chunks(name, cut):
     _, expected = gradient(LOSSES[name], B, S)
     _, found = gradient(LOSSES[name], *cut)

@@ -9,22 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmgrpo.kl import KINDS, flow_grpo_kl, k1, k2, k3
 from mmgrpo.objectives import (
     Aggregation,
     Objective,
+    cispo,
+    clip_width,
     clipped,
     constant,
     denominator,
-    flow_grpo_kl,
+    facts,
+    gspo,
+    gspo_token,
     guarded,
-    k1,
-    k2,
-    k3,
     masked,
-    needs,
     reinforce,
+    sampler_corrected,
     seq_mean,
     token_mean,
+    top_entropy,
     weighted_sum,
 )
 from mmgrpo.types import Evaluation
@@ -48,6 +51,11 @@ OBJECTIVES: dict[str, Objective] = {
     "reinforce": reinforce,
     "guarded": guarded,
     "guarded, not by dt": partial(guarded, scale_by_dt=False),
+    "gspo": gspo,
+    "gspo-token": gspo_token,
+    "cispo": cispo,
+    "corrected": sampler_corrected(objective=clipped),
+    "top entropy": top_entropy(objective=clipped, share=1.0),  # a smaller share is tested on its own
 }
 AGGREGATIONS: dict[str, Aggregation] = {
     "seq_mean": seq_mean,
@@ -62,7 +70,8 @@ def evaluation(log_ratio: Tensor) -> Evaluation:
     """Gaussian steps with the given log-ratios, other fields of plausible size."""
     generator = torch.Generator().manual_seed(3)
     drift, std, dt = (torch.rand(log_ratio.shape, generator=generator, dtype=F64) + 0.1 for _ in range(3))
-    return Evaluation(log_ratio, drift=1e-3 * drift, step_std=std, dt=dt)
+    same = torch.zeros(log_ratio.shape, dtype=F64)  # a sampler with the replay's own kernels
+    return Evaluation(log_ratio, drift=1e-3 * drift, step_std=std, dt=dt, sampler_gap=same, entropy=drift)
 
 
 def drawn(rows: int, steps: int, seed: int = 0, scale: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,16 +211,119 @@ def test_the_gradient_through_the_drift_cancels_the_quadratic_part() -> None:
 
 
 def test_what_an_objective_needs_is_known_before_training() -> None:
-    assert needs(clipped) == needs(partial(reinforce)) == ()
-    assert needs(guarded) == needs(partial(partial(guarded, low=1e-5), high=1e-5)) == ("drift", "step_std", "dt")
+    assert facts(clipped).needs == facts(partial(reinforce)).needs == ()
+    guarded_needs = facts(partial(partial(guarded, low=1e-5), high=1e-5)).needs
+    assert facts(guarded).needs == guarded_needs == ("drift", "step_std", "dt")
+    both = sampler_corrected(objective=top_entropy(objective=guarded))
+    assert facts(both) == (("drift", "step_std", "dt", "entropy", "sampler_gap"), "batch")
+    assert facts(partial(gspo, low=0.1)).couples == facts(sampler_corrected(objective=gspo_token)).couples == "sample"
+    assert facts(sampler_corrected(level="sample")).couples == "sample" and facts(clipped).couples == "decision"
     with pytest.raises(ValueError, match=r"needs 'drift' of every decision; the policy evaluates \['log_ratio'\]"):
         guarded(Evaluation(torch.zeros(1, 1)), torch.ones(1, 1))
+
+
+# Ratios of samples, weights without gradient: shared data rho = [[1.5, 1.0, 0.7], [0.5]], A = [1, -1]
+
+SHARED_MASK = torch.tensor([[True, True, True], [True, False, False]])
+
+
+def shared(**further: Tensor) -> tuple[Evaluation, Tensor]:
+    ratio = torch.tensor([[1.5, 1.0, 0.7], [0.5, 7.0, 7.0]], dtype=F64)
+    advantages = numbers(1, -1)[:, None].expand(2, 3)
+    return masked(Evaluation(ratio.log().requires_grad_(), **further), SHARED_MASK), advantages
+
+
+def slope(objective: Objective, aggregation: Aggregation = seq_mean, **further: Tensor) -> Tensor:
+    here, advantages = shared(**further)
+    leaf = here.log_ratio.detach().requires_grad_()
+    weighted_sum(objective(replace(here, log_ratio=leaf), advantages), aggregation(SHARED_MASK).double()).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def test_gspo_equals_the_worked_example() -> None:
+    here, advantages = shared()
+    loss = gspo(here, advantages)
+    close(loss[0], -1.0004, -1.0004, -1.0004)
+    close(loss[1, :1], 0.9997)
+    close(weighted_sum(loss, seq_mean(SHARED_MASK).double()), -0.00035)
+    close(slope(gspo), 0, 0, 0, 0, 0, 0)  # both samples are clipped; the token ratio keeps two tokens
+    assert slope(partial(clipped, low=0.2, high=0.2)).ne(0).sum() == 2
+    unclipped = gspo(here, advantages, low=9.0, high=9.0)
+    close(unclipped[0], -1.016396, -1.016396, -1.016396)
+    close(unclipped[1, :1], 0.5)
+
+
+def test_gspo_token_has_the_value_and_the_gradient_of_gspo() -> None:
+    for low, high in ((3e-4, 4e-4), (0.6, 0.6), (0.3, 0.6)):
+        here, advantages = shared()
+        one, other = (objective(here, advantages, low=low, high=high) for objective in (gspo, gspo_token))
+        torch.testing.assert_close(one, other)
+        wide = dict(low=low, high=high)
+        torch.testing.assert_close(slope(partial(gspo, **wide)), slope(partial(gspo_token, **wide)))
+
+
+def test_the_ratio_of_a_sample_is_that_of_the_sample_repeated() -> None:
+    log_ratio = numbers(0.1, -0.3, 0.05)[None]
+    twice = torch.cat([log_ratio, log_ratio], 1)
+    once, again = (gspo(Evaluation(value), torch.ones_like(value), low=1.0, high=1.0) for value in (log_ratio, twice))
+    torch.testing.assert_close(once[0, 0], again[0, 0])
+
+
+def test_cispo_keeps_the_gradient_of_a_runaway_ratio_at_its_cap() -> None:
+    log_ratio = numbers(math.log(7), math.log(0.5))[None].requires_grad_()
+    cispo(Evaluation(log_ratio), numbers(1, 1)[None], cap=5.0).sum().backward()
+    assert log_ratio.grad is not None
+    close(log_ratio.grad, -5, -0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"cap": 2.0}, (1.105171, 2, 0.818731)),
+        ({"cap": 2.0, "mode": "mask"}, (1.105171, 0, 0.818731)),
+        ({"cap": 2.0, "floor": 0.9, "mode": "mask"}, (1.105171, 0, 0)),
+        ({"cap": 2.0, "level": "sample", "mode": "mask"}, (0, 0, 0)),
+        ({"cap": 3.0, "level": "sample", "mode": "mask"}, (2.013753, 2.013753, 2.013753)),
+        ({"cap": 2.0, "level": "sample"}, (2, 2, 2)),
+    ],
+)
+def test_the_weight_of_a_sampler_with_other_kernels_equals_the_worked_example(options, expected) -> None:
+    gap = torch.tensor([[0.1, 0.8, -0.2]], dtype=F64)
+    here = Evaluation(torch.zeros(1, 3, dtype=F64), sampler_gap=gap)
+    loss = sampler_corrected(objective=clipped, **options)(here, -torch.ones(1, 3, dtype=F64))
+    close(loss, *expected)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, [[0, 1, 0], [1, 0, 0]]), (0.2, [[0, 0, 0], [1, 0, 0]])])
+def test_the_decisions_of_highest_entropy_equal_the_worked_example(share, kept) -> None:
+    entropy = torch.tensor([[0.1, 0.9, 0.5], [2.0, 9.0, 9.0]], dtype=F64)  # the 9s are padding
+    here, advantages = shared(entropy=entropy)
+    plain, chosen = clipped(here, advantages), top_entropy(objective=clipped, share=share)(here, advantages)
+    torch.testing.assert_close(chosen, plain * torch.tensor(kept))
+    assert slope(top_entropy(objective=clipped, share=0.0), entropy=entropy).count_nonzero() <= 1
+
+
+def test_the_clip_width_is_read_from_the_objective_as_a_recipe_builds_it() -> None:
+    assert clip_width(partial(clipped, low=0.1)) == 0.1 and clip_width(gspo) == 3e-4
+    assert clip_width(sampler_corrected(objective=partial(clipped, low=0.3, high=0.28))) == 0.28
+    assert clip_width(reinforce) is None and clip_width(cispo) is None
 
 
 @each_objective
 def test_objectives_refuse_advantages_of_another_shape(objective: Objective) -> None:
     with pytest.raises(ValueError, match="advantages has shape"):
         objective(evaluation(torch.zeros(3, 2, dtype=F64)), torch.ones(3, 1))
+
+
+def test_mistaken_options_of_weights_are_refused() -> None:
+    for options in ({"cap": 0.5}, {"floor": 1.5}, {"floor": 0.0}):
+        with pytest.raises(ValueError, match="cap and floor are"):
+            sampler_corrected(objective=clipped, **options)
+    with pytest.raises(ValueError, match="share is 1.5"):
+        top_entropy(objective=clipped, share=1.5)
+    with pytest.raises(ValueError, match="cap is 0"):
+        cispo(Evaluation(torch.zeros(1, 1)), torch.ones(1, 1), cap=0.0)
 
 
 def test_mistaken_options_are_refused() -> None:
@@ -396,6 +508,31 @@ def test_kl_estimates_are_zero_and_flat_at_equality_and_bounded_far_away() -> No
     assert k3(numbers(-1e6)) == k3(numbers(-10)) and torch.isfinite(k3(torch.tensor([-1e6, 1e6]))).all()
     small = numbers(1e-3)
     torch.testing.assert_close(k2(small), k3(small), rtol=1e-3, atol=0)
+
+
+def test_the_unbiased_k3_has_value_and_gradient_of_the_kl_off_policy() -> None:
+    logits, exact = (numbers(0.3, -0.2, 0.1).requires_grad_() for _ in range(2))
+    log_p = logits.log_softmax(0)
+    here = Evaluation((log_p - BEHAVIOUR.log())[None], to_reference=(log_p - Q.log())[None])
+    value = (BEHAVIOUR * KINDS["k3_unbiased"](here)).sum()
+    value.backward()
+    log_p = exact.log_softmax(0)
+    expected = (log_p.exp() * (log_p - Q.log())).sum()
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(logits.grad, exact.grad)
+
+
+def test_every_kind_of_kl_says_what_it_lacks() -> None:
+    full = Evaluation(*(numbers(0.3)[None] for _ in range(3)), dt=numbers(0.2)[None])
+    assert full.kl is not None
+    close(KINDS["exact"](full), 0.3)
+    close(KINDS["flow_grpo"](full), 0.06)
+    bare = Evaluation(numbers(0.3)[None])
+    for name, kind in KINDS.items():
+        with pytest.raises(ValueError, match="loss.kl"):
+            kind(bare)
+        assert torch.isfinite(kind(replace(full, to_reference=numbers(0.3)[None]))).all(), name
 
 
 def test_float32_k3_keeps_its_digits_at_small_differences() -> None:

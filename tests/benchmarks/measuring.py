@@ -166,8 +166,9 @@ def started(bench: Bench) -> Run:
 
 def update(run: Run, trajectory: Trajectory) -> None:
     """The trainer's own update from all rows of a trajectory, under random advantages."""
-    rows = torch.arange(len(trajectory))
-    trainer.update(run, trajectory, advantages(trajectory), torch.ones(len(trajectory), dtype=torch.bool), rows)
+    values, everything = advantages(trajectory), torch.ones(len(trajectory), dtype=torch.bool)
+    part = trainer.weighed(run, trajectory, values, everything, torch.arange(len(trajectory)))
+    trainer.update(run, trajectory, values, part, fresh=True)
 
 
 def advantages(trajectory: Trajectory) -> Tensor:

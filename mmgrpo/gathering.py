@@ -1,0 +1,121 @@
+"""The rollouts of one iteration: one, or as many as it takes until enough groups have differences to learn from.
+
+Dynamic sampling of DAPO (arXiv 2503.14476, section 3.2) with a bounded number of rounds and an honest count.
+Axes: P prompts, G samples per prompt, B = P * G samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmgrpo import diagnostics
+from mmgrpo.data import choose, requests
+from mmgrpo.groups import group_std
+from mmgrpo.journal import Stopwatch
+from mmgrpo.run import Run
+from mmgrpo.scoring import score
+from mmgrpo.types import Batch, Feedback, Trajectory
+
+
+class Gathered(NamedTuple):
+    """What an iteration trains on, and everything that was generated for it."""
+
+    trajectory: Trajectory  # of the P groups that are trained on
+    feedback: Feedback  # of the same
+    judged: Feedback  # of every sample generated
+    metrics: dict[str, float]
+
+
+def gather(run: Run, phases: Stopwatch) -> Gathered:
+    """Roll out and score until P groups have spread, at most `train.rounds` times; advances the run's counters.
+
+    Groups with spread come first, in the order they were drawn; if they are too few, the first ones without fill up.
+    """
+    options = run.recipe.train
+    parts: list[tuple[Trajectory, Feedback]] = []
+    while len(parts) < options.rounds and sum(groups_with_spread(part) for _, part in parts) < options.prompts:
+        batch = next_batch(run)
+        with phases.measure("rollout"):
+            trajectory, samples = run.policy.rollout(batch)
+        with phases.measure("score"):
+            parts.append((trajectory, score(run.rewards, run.weights, samples)))
+        run.rollouts += 1
+        run.samples += len(batch)
+    judged = joined_feedback([feedback for _, feedback in parts])
+    metrics = {"rollout/rounds": float(len(parts)), "rollout/generated": float(len(judged.group))}
+    metrics |= {
+        f"rollout/{name}": value for name, value in diagnostics.lengths([part.mask for part, _ in parts]).items()
+    }
+    if len(parts) == 1:
+        return Gathered(*parts[0], judged, metrics)
+    rows = first_with_spread(judged, options.prompts)
+    whole = joined_trajectory([trajectory for trajectory, _ in parts])
+    return Gathered(whole.take(rows), take_feedback(judged, rows), judged, metrics)
+
+
+def next_batch(run: Run) -> Batch:
+    """The requests of the next rollout; prompts, groups and sample ids go on from the one before."""
+    options = run.recipe.train
+    return requests(
+        run.prompts,
+        choose(len(run.prompts), options.prompts, run.recipe.seed, run.rollouts),
+        group_size=options.group_size,
+        seed=run.recipe.seed,
+        iteration=run.iteration,
+        first_group=run.rollouts * options.prompts,
+    )
+
+
+def groups_with_spread(feedback: Feedback) -> int:
+    """How many groups differ in their total reward."""
+    return len(feedback.group[group_std(feedback.total(), feedback.group) > 0].unique())
+
+
+def first_with_spread(feedback: Feedback, count: int) -> Tensor:
+    """The rows of `count` groups in the order of their rows, those with spread before the others; (b,) int64."""
+    spread = group_std(feedback.total(), feedback.group) > 0  # (B,)
+    order = torch.cat([spread.nonzero().flatten(), (~spread).nonzero().flatten()])
+    chosen = list(dict.fromkeys(feedback.group[order].tolist()))[:count]
+    return torch.isin(feedback.group, torch.tensor(chosen)).nonzero().flatten()
+
+
+def joined_trajectory(parts: Sequence[Trajectory]) -> Trajectory:
+    """The rows of several rollouts of one iteration."""
+    first = parts[0].batch
+    batch = replace(
+        first,
+        prompts=tuple(prompt for part in parts for prompt in part.batch.prompts),
+        group=torch.cat([part.batch.group for part in parts]),
+        sample=torch.cat([part.batch.sample for part in parts]),
+    )
+    record = {name: torch.cat([part.record[name] for part in parts]) for name in parts[0].record}
+    return Trajectory(batch, torch.cat([part.mask for part in parts]), torch.cat([part.kind for part in parts]), record)
+
+
+def joined_feedback(parts: Sequence[Feedback]) -> Feedback:
+    """The rows of several rollouts; raises ValueError if their rewards have other components."""
+    names = list(parts[0].rewards)
+    for part in parts:
+        if list(part.rewards) != names:
+            raise ValueError(f"rewards have components {list(part.rewards)} in one round and {names} in another")
+    steps = [part.step_rewards for part in parts if part.step_rewards is not None]
+    return Feedback(
+        {name: torch.cat([part.rewards[name] for part in parts]) for name in names},
+        parts[0].weights,
+        torch.cat([part.group for part in parts]),
+        torch.cat(steps) if steps else None,
+    )
+
+
+def take_feedback(feedback: Feedback, rows: Tensor) -> Feedback:
+    """The given rows of every component."""
+    steps = feedback.step_rewards
+    return Feedback(
+        {name: values[rows] for name, values in feedback.rewards.items()},
+        feedback.weights,
+        feedback.group[rows],
+        None if steps is None else steps[rows],
+    )
