@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -54,7 +54,8 @@ def load_prompts(
     """Read prompts from a .jsonl, .csv or .txt file, a folder of Hugging Face `datasets`, or a hub dataset's name.
 
     `text`, `id`, `target` and the values of `media` (medium -> column) name columns; a .txt file has one prompt a line
-    and the single column "prompt". Without `id`, ids count the rows from 0. Media paths are relative to the data file
+    and the single column "prompt". The text may be the messages of a chat, a medium a list of paths, empty for a prompt
+    without it. Without `id`, ids count the rows from 0. Media paths are relative to the data file
     (or folder). Blank lines are skipped. `limit` keeps the first rows; `split` and `revision` concern data sets alone,
     of which encoded pictures, sounds and videos are kept only where `media` names them.
 
@@ -159,7 +160,7 @@ def _missing_columns(rows: Sequence[Row], columns: Columns) -> Iterator[Problem]
 
 def _bad_cells(rows: Sequence[Row], columns: Columns, folder: Path) -> Iterator[Problem]:
     file_flaw = functools.cache(_file_flaw)  # a file that many rows share is opened once
-    checks: list[tuple[str, str, Callable[[object], str | None]]] = [("prompt", columns.text, _text_flaw)]
+    checks: list[tuple[str, str, Callable[[object], str | None]]] = [("prompt", columns.text, _prompt_flaw)]
     for medium, column in columns.media.items():
         checks.append((medium, column, functools.partial(_path_flaw, medium, folder, file_flaw)))
     if columns.id is not None:
@@ -187,8 +188,41 @@ def _text_flaw(cell: object) -> str | None:
     return None if isinstance(cell, str) else f"is a {type(cell).__name__}; expected text"
 
 
+def _prompt_flaw(cell: object) -> str | None:
+    """Text, or the messages of a chat: each with a role, and as content a text or a list of typed blocks."""
+    if not isinstance(cell, list):
+        return _text_flaw(cell)
+    for message in cell:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            return f"holds {message!r}; expected messages with 'role' and 'content'"
+        blocks = message["content"]
+        if not isinstance(blocks, str) and not (isinstance(blocks, list) and all(map(_is_block, blocks))):
+            return f"holds the content {blocks!r}; expected text, or a list of blocks with 'type' and, for text, 'text'"
+    return None if cell and said(cell).strip() else "is empty"
+
+
+def _is_block(block: object) -> bool:
+    return (
+        isinstance(block, Mapping)
+        and "type" in block
+        and (block["type"] != "text" or isinstance(block.get("text"), str))
+    )
+
+
+def said(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a chat, a line for each message."""
+    parts = [
+        [{"type": "text", "text": one["content"]}] if isinstance(one["content"], str) else one["content"]
+        for one in messages
+    ]
+    return "\n".join(" ".join(block["text"] for block in blocks if block["type"] == "text") for blocks in parts)
+
+
 def _path_flaw(medium: str, folder: Path, file_flaw: FileFlaw, cell: object) -> str | None:
-    return _text_flaw(cell) or file_flaw(medium, folder / str(cell))
+    """What is wrong with one path, or with the first bad one of a list; an empty list is a prompt without the medium."""
+    paths = cell if isinstance(cell, list) else [cell]
+    flaws = (_text_flaw(path) or file_flaw(medium, folder / str(path)) for path in paths)
+    return next((flaw for flaw in flaws if flaw is not None), None)
 
 
 def _id_flaw(cell: object) -> str | None:
@@ -219,11 +253,19 @@ def _file_flaw(medium: str, path: Path) -> str | None:
 def _prompt(number: int, values: Mapping[str, object], columns: Columns, folder: Path) -> Prompt:
     """A row whose cells were found good, as a prompt."""
     named = _integer(values[columns.id]) if columns.id is not None else number
-    media = {medium: folder / str(values[column]) for medium, column in columns.media.items()}
+    media = {medium: _paths(folder, values[column]) for medium, column in columns.media.items()}
+    cell = values[columns.text]
+    text, messages = (said(cell), tuple(cell)) if isinstance(cell, list) else (str(cell), ())
     further = {name: value for name, value in values.items() if name not in columns.named()}
     target = None if columns.target is None else values[columns.target]
     assert named is not None
-    return Prompt(named, str(values[columns.text]), media, target, further)
+    return Prompt(
+        named, text, {name: paths for name, paths in media.items() if paths}, target, further, messages=messages
+    )
+
+
+def _paths(folder: Path, cell: object) -> tuple[Path, ...]:
+    return tuple(folder / str(path) for path in (cell if isinstance(cell, list) else [cell]))
 
 
 def _listing(source: str, problems: Sequence[Problem]) -> str:

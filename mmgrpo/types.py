@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,10 +40,11 @@ class Prompt:
 
     id: int  # row number in the data, unique
     text: str
-    media: Mapping[str, Path] = field(default_factory=dict)  # "image", "video", "audio", ... -> file
+    media: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)  # "image", "video", "audio", ... -> files
     target: object = None  # what a verifiable reward compares with
     columns: Mapping[str, object] = field(default_factory=dict)  # every further column of the data
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # precomputed pipeline inputs, without a batch axis
+    messages: tuple[Mapping[str, Any], ...] = ()  # of a chat, if the data holds one; `text` is then what they say
 
 
 def consecutive(rows: Tensor) -> Tensor | slice:

@@ -54,7 +54,7 @@ def call_arguments(
     elif "batch_size" in known:
         arguments["batch_size"] = len(prompts)
     for name in prompts[0].media:
-        images = [load_media(prompt.media[name]) for prompt in asked]
+        images = [conditions(prompt.media[name]) for prompt in asked]
         arguments[name] = images if form == "list" else images[0]
     for name in prompts[0].inputs:
         stacked = torch.stack([prompt.inputs[name] for prompt in prompts]).to(pipeline.device)
@@ -76,6 +76,12 @@ def forms(pipeline: DiffusionPipeline) -> list[Form]:
     if any(name in parameters(pipeline) for name in REPEATS):
         ways.append("repeat")
     return [*ways, "single"]
+
+
+def conditions(paths: Sequence[Path]) -> Any:
+    """The conditioning medium of one prompt; several files are a list."""
+    media = [load_media(path) for path in paths]
+    return media[0] if len(media) == 1 else media
 
 
 def load_media(path: Path) -> Image.Image | list[Image.Image]:

@@ -39,7 +39,7 @@ def test_jsonl_rows_become_prompts_with_media_target_and_further_columns(tmp_pat
         media={"image": "picture"},
         target="answer",
     )
-    assert prompts == [Prompt(7, " a cat\u2028", {"image": picture}, {"n": 2}, {"level": 0.5})]
+    assert prompts == [Prompt(7, " a cat\u2028", {"image": (picture,)}, {"n": 2}, {"level": 0.5})]
 
 
 def test_text_file_has_one_prompt_a_line_and_ids_count_from_zero(tmp_path):
@@ -127,7 +127,7 @@ def test_other_media_need_only_be_there_and_not_empty(tmp_path):
     assert problems(source, media={"audio": "sound"}) == [
         f"3: audio in column 'sound' is an empty file: {tmp_path / 'empty.wav'}"
     ]
-    assert load_prompts(source, media={"audio": "sound"}, limit=1)[0].media == {"audio": tmp_path / "full.wav"}
+    assert load_prompts(source, media={"audio": "sound"}, limit=1)[0].media == {"audio": (tmp_path / "full.wav",)}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,9 @@ def test_a_saved_data_set_gives_the_same_prompts_as_its_file(tmp_path, monkeypat
     for folder in ("one", "split"):
         prompts = load_prompts(str(tmp_path / folder), media={"image": "picture"})
         assert [(prompt.text, prompt.columns) for prompt in prompts] == [("a", {"n": 1}), ("b", {"n": 2})]
-        assert [prompt.media["image"].read_bytes() for prompt in prompts] == [path.read_bytes() for path in pictures]
+        assert [path.read_bytes() for prompt in prompts for path in prompt.media["image"]] == [
+            path.read_bytes() for path in pictures
+        ]
     (left,) = load_prompts(str(tmp_path / "split"), split="test")
     assert left.text == "b" and left.columns == {"n": 2}
 
@@ -230,3 +232,44 @@ def test_group_and_sample_ids_are_unique_in_the_run_and_equal_prompts_stay_two_g
 def test_a_request_for_nothing_or_for_a_prompt_that_is_not_there_is_refused(indices, size):
     with pytest.raises(ValueError, match="expected"):
         requests([Prompt(0, "a")] * 3, indices, group_size=size, seed=0, iteration=0)
+
+
+def test_a_prompt_may_be_the_messages_of_a_chat(tmp_path):
+    blocks = [{"type": "image"}, {"type": "text", "text": "How many?"}]
+    chat = [{"role": "system", "content": "Answer."}, {"role": "user", "content": blocks}]
+    [prompt] = load_prompts(str(write(tmp_path / "p.jsonl", json.dumps({"prompt": chat}))))
+    assert prompt.text == "Answer.\nHow many?"
+    assert prompt.messages == tuple(chat)
+
+
+def test_messages_that_are_no_chat_are_reported_with_what_arrived(tmp_path):
+    chats = [
+        [],
+        [{"role": "user"}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": " "}],
+    ]
+    found = problems(write(tmp_path / "p.jsonl", "\n".join(json.dumps({"prompt": chat}) for chat in chats)))
+    assert [line.split(": ", 1)[1].split(" holds")[0] for line in found] == [
+        "prompt in column 'prompt' is empty",
+        "prompt in column 'prompt'",
+        "prompt in column 'prompt'",
+        "prompt in column 'prompt' is empty",
+    ]
+    assert "expected messages with 'role' and 'content'" in found[1]
+    assert "expected text, or a list of blocks" in found[2]
+
+
+def test_a_prompt_may_have_no_picture_or_several(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    rows = [
+        {"prompt": "x", "images": []},
+        {"prompt": "y", "images": ["a.png", "b.png"]},
+        {"prompt": "z", "images": "a.png"},
+    ]
+    source = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
+    media = [prompt.media for prompt in load_prompts(str(source), media={"image": "images"})]
+    assert media == [{}, {"image": (tmp_path / "a.png", tmp_path / "b.png")}, {"image": (tmp_path / "a.png",)}]
+    source = write(tmp_path / "p.jsonl", json.dumps({"prompt": "x", "images": ["a.png", "c.png"]}))
+    assert "does not exist" in problems(source, media={"image": "images"})[0]

@@ -29,11 +29,11 @@ def prompts_of(tiny: TinyPipeline, folder: Path) -> tuple[list[Prompt], tuple[st
         media, inputs, further = {}, {}, {}
         for name, value in tiny.media(number).items():
             if isinstance(value, Image.Image):
-                media[name] = folder / f"{name}{number}.png"
-                value.save(media[name])
+                media[name] = (folder / f"{name}{number}.png",)
+                value.save(media[name][0])
             elif isinstance(value, list) and isinstance(value[0], Image.Image):
-                media[name] = folder / f"{name}{number}.png"
-                value[0].save(media[name], save_all=True, append_images=value[1:])
+                media[name] = (folder / f"{name}{number}.png",)
+                value[0].save(media[name][0], save_all=True, append_images=value[1:])
             elif isinstance(value, Tensor):
                 inputs[name] = value[0]
             else:
