@@ -1,7 +1,7 @@
-"""Which weights of a pipeline are trained, and how they are saved: low-rank adapters or the modules themselves."""
+"""Which weights of a model or a pipeline are trained, and how they are saved: low-rank adapters or the modules themselves."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from transformers import PreTrainedModel
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_OPTIONS = {"rank", "alpha", "targets", "dropout"}
@@ -33,8 +34,13 @@ def make_trainable(modules: Mapping[str, Any], lora: Mapping[str, Any] | None, c
     return notes
 
 
-def add_adapter(name: str, module: Any, lora: Mapping[str, Any]) -> None:
-    """A low-rank adapter on the module's linear layers, in float32; raises ValueError on bad options."""
+def add_adapter(
+    name: str, module: Any, lora: Mapping[str, Any], targets: Sequence[str] = ATTENTION, spared: str | None = None
+) -> None:
+    """A low-rank adapter on the module's linear layers, in float32; raises ValueError on bad options.
+
+    `targets` are the layers without an option; `spared` is a pattern of names that get no adapter.
+    """
     unknown = sorted(lora.keys() - LORA_OPTIONS)
     if unknown:
         raise ValueError(f"policy.lora.{unknown[0]}: unknown key; expected one of {sorted(LORA_OPTIONS)}")
@@ -46,11 +52,13 @@ def add_adapter(name: str, module: Any, lora: Mapping[str, Any]) -> None:
     config = LoraConfig(
         r=rank,
         lora_alpha=lora.get("alpha", 2 * rank),
-        target_modules=list(lora.get("targets", ATTENTION)),
+        target_modules=list(lora.get("targets", targets)),
+        exclude_modules=spared,
         init_lora_weights="gaussian",
     )
-    if not isinstance(module, ModelMixin):
-        raise ValueError(f"policy.lora: {name} is a {type(module).__name__}; adapters need a diffusers model")
+    if not isinstance(module, ModelMixin | PreTrainedModel):
+        wanted = "a model of diffusers or transformers"
+        raise ValueError(f"policy.lora: {name} is a {type(module).__name__}; adapters need {wanted}")
     module.add_adapter(config)
     for parameter in module.parameters():
         if parameter.requires_grad:

@@ -1,0 +1,193 @@
+"""Writes the answers to prompts and reads them again: the part of a language policy that runs the model.
+
+Axes: B answers, b those of one batch, P prompts, S tokens at most, T those of the longest answer of a batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmgrpo.types import Batch, Prompt, Trajectory
+from pipelines import prefix, token_probabilities
+from pipelines.checkpointing import checkpointed
+from pipelines.conversation import Encoded, Reader, collated
+from pipelines.decoding import Writer, Written, write, write_by_library
+from pipelines.sampling import End, Sampling, end_of, uniforms
+from pipelines.token_batches import batches, families
+from pipelines.token_probabilities import Head, Scores
+
+SAME_LOGITS = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-3,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}  # relative to the largest
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is computed at once, and with what."""
+
+    rollout_tokens: int = 65536  # prompt and answer tokens remembered while answers are written
+    replay_tokens: int = 8192  # tokens of prompts and answers whose graph is held at once
+    gradient_checkpointing: bool = False
+    autocast: torch.dtype | None = None
+
+
+class Answers:
+    """A model, its way of reading prompts, and how tokens are sampled."""
+
+    def __init__(self, model: PreTrainedModel, reader: Reader, sampling: Sampling, options: Options) -> None:
+        self.model, self.reader, self.sampling, self.options = model, reader, sampling, options
+        self.shared = True  # the prompt is read once for all its answers
+        self.head_form: tuple[float, float | None] = (1.0, None)  # scale and cap of the logits
+        tokenizer = reader.tokenizer
+        self.end: End = end_of(model.generation_config.eos_token_id, tokenizer, sampling.stop, model.device)
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    # -- what is computed with ------------------------------------------------------------------------------------
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The context in which the model runs."""
+        wanted = self.options.autocast
+        return nullcontext() if wanted is None else torch.autocast(self.model.device.type, dtype=wanted)
+
+    def fine(self, hidden: Tensor) -> Tensor:
+        """Hidden states in the precision of the last layer."""
+        return hidden if self.options.autocast is None else hidden.to(self.options.autocast)
+
+    @contextmanager
+    def saving_memory(self) -> Iterator[None]:
+        """Layers keep little for backward, where that was asked for and a graph is built."""
+        with (
+            checkpointed(self.model)
+            if self.options.gradient_checkpointing and torch.is_grad_enabled()
+            else nullcontext()
+        ):
+            yield
+
+    @property
+    def head(self) -> Head:
+        """The model's last layer, as `find_head` found it to compute."""
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, layer.bias, *self.head_form)
+
+    @torch.no_grad()
+    def find_head(self, prompt: Prompt) -> None:
+        """Find how the model's logits follow from the states before its last layer; raises ValueError if not as `Head`."""
+        layer = self.model.get_output_embeddings()
+        if type(layer) is not nn.Linear:
+            raise ValueError(
+                f"the last layer is a {type(layer).__name__}; expected a plain Linear, without an adapter or packing"
+            )
+        inputs = collated([self.reader.read(prompt)], self.pad, self.model.device)
+        prepared = self.model.prepare_inputs_for_generation(
+            inputs["input_ids"], use_cache=False, is_first_iteration=True, **prefix.opened(self.model, inputs)
+        )
+        hidden = prefix.hidden_states(self.model, prepared)[0, -1:]
+        true = self.model(**prepared).logits[0, -1:].float()
+        plain = token_probabilities.logits(Head(layer.weight, layer.bias), hidden)
+        cap = self.model.config.get_text_config().to_dict().get("final_logit_softcapping")
+        tried = []
+        for form in ((1.0, None), (1.0, cap), (float((true * plain).sum() / plain.square().sum()), None)):
+            error = (
+                token_probabilities.logits(Head(layer.weight, layer.bias, *form), hidden) - true
+            ).abs().max() / true.abs().max()
+            if error < SAME_LOGITS[layer.weight.dtype]:
+                self.head_form = form
+                return
+            tried.append(f"{float(error):.1e}")
+        raise ValueError(f"the logits are no linear map of the last layer's input (relative errors {', '.join(tried)})")
+
+    # -- rollout --------------------------------------------------------------------------------------------------
+
+    def write(self, batch: Batch, explore: bool = True) -> Written:
+        """An answer for each row; without exploration the likeliest token each time. Everything on the CPU."""
+        encoded = [self.reader.read(prompt) for prompt in batch.prompts]
+        reach = [part.length + self.sampling.max_new_tokens for part in encoded]
+        together = families(batch.group, [part.kind for part in encoded], [0] * len(batch), reach)
+        parts = batches(together, self.options.rollout_tokens)
+        found = [self._write_rows(batch.take(rows), [encoded[row] for row in rows], explore) for rows in parts]
+        return in_order(found, torch.cat(parts))
+
+    def _write_rows(self, batch: Batch, encoded: Sequence[Encoded], explore: bool) -> Written:
+        device, steps = self.model.device, self.sampling.max_new_tokens
+        drawn = uniforms(batch.seed, batch.sample.tolist(), steps).to(device) if explore else None
+        writer = Writer(drawn, self.sampling, self.end, len(batch), device)
+        with torch.no_grad(), self.precision():
+            if not self.shared:
+                inputs = collated(encoded, self.pad, device)
+                return write_by_library(self.model, inputs, writer, self.reader.tokenizer)
+            firsts, rows = shared_prompts(batch.group)
+            prompt = prefix.encode(self.model, collated([encoded[row] for row in firsts], self.pad, device))
+            return write(self.model, self.logits, prefix.repeat(prompt, rows.to(device)), writer)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V) float32, outside of autocast."""
+        with torch.autocast(self.model.device.type, enabled=False):
+            return token_probabilities.logits(self._head_for(self.fine(hidden)), self.fine(hidden))
+
+    def _head_for(self, hidden: Tensor) -> Head:
+        head = self.head
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        return head._replace(weight=head.weight.to(hidden.dtype), bias=bias)
+
+    # -- replay ---------------------------------------------------------------------------------------------------
+
+    def batches(self, trajectory: Trajectory) -> list[Tensor]:
+        """Rows that are read together, within the budget of tokens; the answers of a group side by side."""
+        encoded = [self.reader.read(prompt) for prompt in trajectory.batch.prompts]
+        together = families(
+            trajectory.group,
+            [part.kind for part in encoded],
+            [part.length for part in encoded],
+            trajectory.record["length"].tolist(),
+        )
+        return batches(together, self.options.replay_tokens)
+
+    def read(self, part: Trajectory) -> Scores:
+        """Log-prob and entropy of every token of the answers under today's weights; (b, T) each, 0 behind their ends."""
+        device, longest = self.model.device, int(part.record["length"].max())
+        token = part.record["token"][:, :longest].to(device)
+        there = torch.arange(longest, device=device) < part.record["length"].to(device).unsqueeze(1)  # (b, T)
+        support = part.record["support"][:, :longest].to(device)[there] if "support" in part.record else None
+        with self.precision(), self.saving_memory():
+            hidden = self.fine(self._hidden(part, token)[there])  # (N, D)
+        found = token_probabilities.scores(
+            self._head_for(hidden), hidden, token[there], self.sampling.temperature, support
+        )
+        empty = torch.zeros(there.shape, dtype=found.log_prob.dtype, device=device)
+        return Scores(*(empty.masked_scatter(there, values) for values in found))
+
+    def _hidden(self, part: Trajectory, token: Tensor) -> Tensor:
+        """The states that predict the tokens; (b, T) -> (b, T, D)."""
+        encoded = [self.reader.read(prompt) for prompt in part.batch.prompts]
+        if not self.shared:
+            return prefix.read_whole(self.model, collated(encoded, self.pad, token.device), token)
+        firsts, rows = shared_prompts(part.group)
+        prompt = prefix.encode(self.model, collated([encoded[row] for row in firsts], self.pad, token.device))
+        prompt = prefix.repeat(prompt, rows.to(token.device))
+        if token.shape[1] == 1:
+            return prompt.last.unsqueeze(1)
+        further, _ = prefix.read_on(self.model, prompt, token[:, :-1])
+        return torch.cat([prompt.last.unsqueeze(1), further], dim=1)
+
+
+def shared_prompts(group: Tensor) -> tuple[list[int], Tensor]:
+    """The first row of each group, and the number of each row's group among them; (B,) int64."""
+    ids, number = group.unique(return_inverse=True)
+    return [int((number == place).nonzero()[0]) for place in range(len(ids))], number
+
+
+def in_order(parts: Sequence[Written], order: Tensor) -> Written:
+    """The answers of several batches as one, row `order[i]` of it being the i-th of them; on the CPU."""
+    joined: dict[str, Any] = {}
+    for name in (field.name for field in fields(Written)):
+        values = [getattr(part, name) for part in parts]
+        joined[name] = None if values[0] is None else torch.cat([value.cpu() for value in values])[order.argsort()]
+    return Written(**joined)
