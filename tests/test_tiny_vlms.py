@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from tests.tiny_vlms import ADDITIONAL, REQUIRED, TINY_VLMS, Built, Prompt, TinyVLM, saved
 from tests.tiny_vlms.parts import picture, video
@@ -28,6 +29,7 @@ def each(rows: Iterable[TinyVLM]) -> pytest.MarkDecorator:
 
 every_row = each(TINY_VLMS)
 every_row_with_pictures = each(row for row in TINY_VLMS if row.pictures)
+every_row_that_repeats = each(row for row in TINY_VLMS if row.repeats)
 every_row_with_videos = each(row for row in TINY_VLMS if row.videos)
 
 
@@ -74,13 +76,37 @@ def other_middle(image: Image.Image) -> Image.Image:
     return changed
 
 
-def grown(inputs: BatchFeature, token: int, kind: int) -> BatchFeature:
-    """The inputs with one more token of the reply."""
-    ends = {"input_ids": token, "attention_mask": 1, "mm_token_type_ids": kind, "token_type_ids": kind}
-    longer = {
-        name: torch.cat([inputs[name], inputs[name].new_tensor([[ends[name]]])], 1) for name in ends & inputs.keys()
-    }
+def grown(inputs: BatchFeature, reply: Tensor, kind: int) -> BatchFeature:
+    """The inputs with tokens (B, T) of a reply behind the prompt."""
+    ends = {"input_ids": reply, "attention_mask": torch.ones_like(reply)}
+    ends |= {name: torch.full_like(reply, kind) for name in ("mm_token_type_ids", "token_type_ids")}
+    longer = {name: torch.cat([inputs[name], ends[name]], 1) for name in ends & inputs.keys()}
     return BatchFeature({**inputs, **longer})
+
+
+def places(made: Built, inputs: BatchFeature) -> Tensor:
+    """Where each token stands, as generation counts it: padding does not; (B, L) or (4, B, L)."""
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    return made.model._prepare_position_ids_for_generation(inputs["input_ids"], others)
+
+
+def continued(made: Built, prompt: Prompt, reply: Tensor) -> Tensor:
+    """Logits of the replies (G, T) on top of one pass over their prompt; (G, T, V)."""
+    inputs, cache = made.encode(prompt), DynamicCache()
+    positions = places(made, inputs)
+    made.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(reply))
+    # Qwen's positions have a row for the order of the tokens and three for the place; only the latter go on
+    later = positions[-3:].max() + 1 + torch.arange(reply.shape[1])
+    later = later.expand(*positions.shape[:-2], *reply.shape)
+    return made.model(input_ids=reply, position_ids=later, past_key_values=cache, use_cache=True).logits
+
+
+def gradients(made: Built, logits: Tensor) -> Tensor:
+    """Of a fixed function of the logits with respect to all parameters that it depends on, in one vector."""
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad((logits * weights).sum(), list(made.model.parameters()), allow_unused=True)
+    return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 
 
 def test_names_are_those_of_the_classes_and_the_required_ones_are_there() -> None:
@@ -149,10 +175,10 @@ def test_the_model_wants_exactly_the_image_tokens_that_the_processor_writes(row:
     made = built(row)
     for prompt in prompts_of(row):
         inputs = made.encode(prompt)
-        places = (inputs["input_ids"][0] == made.model.config.image_token_id).nonzero()
-        assert logits(made, inputs).isfinite().all() and bool(len(places)) == bool(prompt.pictures)
+        marks = (inputs["input_ids"][0] == made.model.config.image_token_id).nonzero()
+        assert logits(made, inputs).isfinite().all() and bool(len(marks)) == bool(prompt.pictures)
         if prompt.pictures:
-            inputs["input_ids"][0, places[0]] = made.tokenizer("x", add_special_tokens=False)["input_ids"][0]
+            inputs["input_ids"][0, marks[0]] = made.tokenizer("x", add_special_tokens=False)["input_ids"][0]
             with pytest.raises(ValueError, match="do not match"):
                 logits(made, inputs)
 
@@ -176,15 +202,40 @@ def test_generation_equals_full_forwards_without_a_cache(row: TinyVLM) -> None:
             tokens = made.model.generate(**inputs, max_new_tokens=5, do_sample=False)
         length = inputs["input_ids"].shape[1]
         for _ in range(5):
-            inputs = grown(inputs, int(logits(made, inputs)[0, -1].argmax()), row.reply_type)
+            inputs = grown(inputs, logits(made, inputs)[:, -1:].argmax(-1), row.reply_type)
         assert tokens[0, length:].tolist() == inputs["input_ids"][0, length:].tolist()
+
+
+@every_row_that_repeats
+def test_a_repeated_cache_continues_a_prompt_like_one_pass_over_everything(row: TinyVLM) -> None:
+    made, prompt = built(row), prompts_of(row)[-1]
+    reply = torch.randint(8, 200, (3, 5), generator=torch.Generator().manual_seed(0))
+    whole = grown(made.encode(*[prompt] * len(reply)), reply, row.reply_type)
+    expected = made.model(**whole, use_cache=False).logits[:, -reply.shape[1] :]
+    found = continued(made, prompt, reply)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    truth = gradients(made, expected)
+    assert (gradients(made, found) - truth).norm() < 1e-5 * truth.norm()
+
+
+@every_row
+def test_a_cache_repeats_unless_it_keeps_a_state(row: TinyVLM) -> None:
+    cache = DynamicCache(config=built(row).model.config)
+    states = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    assert row.repeats == (not states)
+    if states:
+        with pytest.raises(AttributeError, match="batch_repeat_interleave"):
+            cache.batch_repeat_interleave(2)
 
 
 @every_row
 def test_padding_on_the_left_does_not_change_the_last_logits(row: TinyVLM) -> None:
-    short, long = prompts_of(row)[-1], prompts_of(row, "Count all of them, twice.")[-1]
-    together, alone = last(built(row), short, long), [last(built(row), prompt) for prompt in (short, long)]
-    assert change(torch.cat(alone), together) < 1e-5
+    prompts = [*prompts_of(row), *prompts_of(row, "Count all of them, twice.")]
+    alone = torch.cat([last(built(row), prompt) for prompt in prompts])
+    inputs = built(row).encode(*prompts)
+    inputs["position_ids"] = places(built(row), inputs)  # without them rounding grows with the shift: Gemma 4
+    together = logits(built(row), inputs)[:, -1]
+    assert (together - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
 @every_row

@@ -113,5 +113,5 @@ REQUIRED = (
 
 ADDITIONAL = (
     TinyVLM("Qwen2VLForConditionalGeneration", qwen2_vl, videos=True),
-    TinyVLM("Qwen3_5ForConditionalGeneration", qwen3_5, videos=True),
+    TinyVLM("Qwen3_5ForConditionalGeneration", qwen3_5, videos=True, repeats=False),
 )

@@ -93,6 +93,7 @@ class TinyVLM:
     pictures: bool = True  # any number of them in a prompt; False: the processor is a tokenizer
     videos: bool = False  # the processor takes videos
     bare: bool = True  # a prompt without pictures is taken
+    repeats: bool = True  # the cache holds keys and values alone, so that it can be repeated
     reply_type: int = 0  # what the token types say of a token of the reply
     required: bool = False  # named in the table that every policy must pass
 

@@ -44,6 +44,6 @@ def lfm2() -> Built:
 REQUIRED = (TinyVLM("Qwen3ForCausalLM", qwen3, pictures=False, required=True),)
 
 ADDITIONAL = (
-    TinyVLM("MambaForCausalLM", mamba, pictures=False),
-    TinyVLM("Lfm2ForCausalLM", lfm2, pictures=False),
+    TinyVLM("MambaForCausalLM", mamba, pictures=False, repeats=False),
+    TinyVLM("Lfm2ForCausalLM", lfm2, pictures=False, repeats=False),
 )
