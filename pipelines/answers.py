@@ -28,6 +28,8 @@ SAME_LOGITS = {
     torch.float16: 1e-2,
 }  # relative to the largest
 
+MARKED = ("image", "video", "audio")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -48,6 +50,7 @@ class Answers:
         self.head_form: tuple[float, float | None] = (1.0, None)  # scale and cap of the logits
         tokenizer = reader.tokenizer
         self.end: End = end_of(model.generation_config.eos_token_id, tokenizer, sampling.stop, model.device)
+        self.never = media_marks(model)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     # -- what is computed with ------------------------------------------------------------------------------------
@@ -75,7 +78,7 @@ class Answers:
     def head(self) -> Head:
         """The model's last layer, as `find_head` found it to compute."""
         layer = self.model.get_output_embeddings()
-        return Head(layer.weight, layer.bias, *self.head_form)
+        return Head(layer.weight, layer.bias, *self.head_form, self.never)
 
     @torch.no_grad()
     def find_head(self, prompt: Prompt) -> None:
@@ -122,7 +125,7 @@ class Answers:
         with torch.no_grad(), self.precision():
             if not self.shared:
                 inputs = collated(encoded, self.pad, device)
-                return write_by_library(self.model, inputs, writer, self.reader.tokenizer)
+                return write_by_library(self.model, inputs, writer, self.never, self.reader.tokenizer)
             firsts, rows = shared_prompts(batch.group)
             prompt = prefix.encode(self.model, collated([encoded[row] for row in firsts], self.pad, device))
             return write(self.model, self.logits, prefix.repeat(prompt, rows.to(device)), writer)
@@ -176,6 +179,18 @@ class Answers:
             return prompt.last.unsqueeze(1)
         further, _ = prefix.read_on(self.model, prompt, token[:, :-1])
         return torch.cat([prompt.last.unsqueeze(1), further], dim=1)
+
+
+def media_marks(model: PreTrainedModel) -> Tensor:
+    """Ids of the marks of pictures, videos and sounds: an answer that held one would ask for a medium; (m,) int64."""
+    named = model.config.to_dict()
+    ids = {
+        named[f"{medium}_token_{suffix}"]
+        for medium in MARKED
+        for suffix in ("id", "index")
+        if f"{medium}_token_{suffix}" in named
+    }
+    return torch.tensor(sorted(item for item in ids if item is not None), dtype=torch.int64, device=model.device)
 
 
 def shared_prompts(group: Tensor) -> tuple[list[int], Tensor]:

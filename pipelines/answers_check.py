@@ -50,8 +50,9 @@ def random_answers(answers: Answers, prompts: Sequence[Prompt]) -> Trajectory:
     batch = requests(alike, range(len(alike)), group_size=2, seed=0, iteration=0)
     steps = min(TOKENS, answers.sampling.max_new_tokens)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = min(answers.head.weight.shape[0], len(answers.reader.tokenizer))
-    token = torch.randint(vocabulary, (len(batch), steps), generator=generator)
+    usual = torch.arange(min(answers.head.weight.shape[0], len(answers.reader.tokenizer)))
+    usual = usual[~torch.isin(usual, answers.never.cpu())]
+    token = usual[torch.randint(len(usual), (len(batch), steps), generator=generator)]
     length = torch.where(torch.arange(len(batch)) % 2 == 0, steps, max(1, steps // 2))
     mask = torch.arange(steps) < length.unsqueeze(1)
     record = {"token": token, "log_prob": torch.zeros(token.shape), "length": length}

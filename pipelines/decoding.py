@@ -97,20 +97,26 @@ def write(model: PreTrainedModel, logits: Callable[[Tensor], Tensor], prompt: Pr
 class Chooser(LogitsProcessor):
     """Makes the library's own loop write what a `Writer` chooses."""
 
-    def __init__(self, writer: Writer) -> None:
-        self.writer, self.going = writer, torch.ones(len(writer.alive), dtype=torch.bool, device=writer.alive.device)
+    def __init__(self, writer: Writer, never: Tensor) -> None:
+        self.writer, self.never = writer, never
+        self.going = torch.ones(len(writer.alive), dtype=torch.bool, device=writer.alive.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
         if not self.writer.done:
-            token[self.going] = self.writer.choose(scores[self.going].float())
+            allowed = token_probabilities.without(scores[self.going].float(), self.never)
+            token[self.going] = self.writer.choose(allowed)
             self.going[self.going.clone()] = self.writer.drop_finished()
         return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
 
 
 @torch.no_grad()
 def write_by_library(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], writer: Writer, tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    writer: Writer,
+    never: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Written:
     """Continue whole prompts, one for each row, with the model's own loop and cache."""
     config = GenerationConfig(
@@ -122,6 +128,6 @@ def write_by_library(
     stop: dict[str, Any] = (
         {"stop_strings": list(writer.sampling.stop), "tokenizer": tokenizer} if writer.sampling.stop else {}
     )
-    chooser = LogitsProcessorList([Chooser(writer)])
+    chooser = LogitsProcessorList([Chooser(writer, never)])
     model.generate(**inputs, generation_config=config, logits_processor=chooser, **stop)
     return writer.written

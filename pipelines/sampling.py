@@ -16,6 +16,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from mmgrpo import seeds
 
+LEAST = -700.0  # a log-prob whose exponential is 0 in float64
+
 
 @dataclass(frozen=True)
 class Sampling:

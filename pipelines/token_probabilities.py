@@ -12,6 +12,7 @@ from torch.nn import functional
 
 BLOCK_TOKENS = 1024  # n
 BLOCK_VOCABULARY = 8192  # C, a multiple of 8
+NEVER = -1e30  # a logit whose probability is 0, and 0 times which is 0
 AT_ONCE = 2**23  # logits up to which a batch is computed whole, 32 MB each in float32
 
 
@@ -22,6 +23,7 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     cap: float | None = None  # z -> cap * tanh(z / cap)
+    never: Tensor | None = None  # (m,) int64 ids that are never chosen
 
 
 class Scores(NamedTuple):
@@ -36,7 +38,14 @@ def logits(head: Head, hidden: Tensor, start: int = 0, stop: int | None = None) 
     bias = None if head.bias is None else head.bias[start:stop]
     raw = functional.linear(hidden, head.weight[start:stop], bias)
     scaled = raw.to(torch.promote_types(raw.dtype, torch.float32)) * head.scale
-    return scaled if head.cap is None else head.cap * torch.tanh(scaled / head.cap)
+    capped = scaled if head.cap is None else head.cap * torch.tanh(scaled / head.cap)
+    return capped if head.never is None else without(capped, head.never - start)
+
+
+def without(logits: Tensor, never: Tensor) -> Tensor:
+    """Logits (n, C) in which the given columns, as far as they exist, have probability 0."""
+    columns = never[(never >= 0) & (never < logits.shape[1])]
+    return logits.index_fill(1, columns, NEVER) if len(columns) else logits
 
 
 def scores(
@@ -48,7 +57,7 @@ def scores(
     """
     if len(token) * len(head.weight) <= AT_ONCE:
         return _at_once(head, hidden, token, temperature, support)
-    return Scores(*_Blocks.apply(hidden, head.weight, head.bias, token, support, head.scale, head.cap, temperature))
+    return Scores(*_Blocks.apply(hidden, *head, token, support, temperature))
 
 
 def packed(kept: Tensor, most: int) -> Tensor:
@@ -93,32 +102,33 @@ class _Blocks(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        token: Tensor,
-        support: Tensor | None,
         scale: float,
         cap: float | None,
+        never: Tensor | None,
+        token: Tensor,
+        support: Tensor | None,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        head = Head(weight, bias, scale, cap)
+        head = Head(weight, bias, scale, cap, never)
         parts = [
             _summed(head, hidden[rows], token[rows], temperature, None if support is None else support[rows])
             for rows in _spans(len(hidden), BLOCK_TOKENS)
         ]
         log_prob, entropy, normaliser = (torch.cat(part) for part in zip(*parts, strict=True))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, token, support, normaliser, entropy)
+        ctx.save_for_backward(hidden, weight, bias, never, token, support, normaliser, entropy)
         ctx.options = scale, cap, temperature
         return log_prob, entropy
 
     @staticmethod
     def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, token, support, normaliser, entropy = ctx.saved_tensors
+        hidden, weight, bias, never, token, support, normaliser, entropy = ctx.saved_tensors
         scale, cap, temperature = ctx.options
         wanted = ctx.needs_input_grad
         into_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
         into_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         into_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
-        head = Head(weight, bias, scale, cap)
+        head = Head(weight, bias, scale, cap, never)
         for rows in _spans(len(hidden), BLOCK_TOKENS):
             kept = None if support is None else unpacked(support[rows], len(weight))
             for part in _spans(len(weight), BLOCK_VOCABULARY):
@@ -133,7 +143,7 @@ class _Blocks(torch.autograd.Function):
                     slope -= by_entropy[rows].unsqueeze(1) * prob * (log_prob + entropy[rows].unsqueeze(1))
                 slope *= scale / temperature
                 if cap is not None:
-                    slope *= 1 - (z / cap).square()
+                    slope *= (1 - (z / cap).square()).clamp(min=0)  # below 0 only at what is never chosen
                 if into_hidden is not None:
                     into_hidden[rows] += slope.to(weight.dtype) @ weight[part]
                 if into_weight is not None:
@@ -141,7 +151,7 @@ class _Blocks(torch.autograd.Function):
                 if into_bias is not None:
                     into_bias[part] += slope.sum(0)
         grads = (into_hidden, hidden), (into_weight, weight), (into_bias, bias)
-        return *(None if grad is None else grad.to(like.dtype) for grad, like in grads), None, None, None, None, None
+        return *(None if grad is None else grad.to(like.dtype) for grad, like in grads), *[None] * 6
 
 
 def _summed(

@@ -26,6 +26,7 @@ def some_support(most: int) -> Tensor:
 def plain(head: Head, hidden: Tensor, token: Tensor, temperature: float, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     z = head.scale * (hidden @ head.weight.T + (0 if head.bias is None else head.bias))
     z = (z if head.cap is None else head.cap * torch.tanh(z / head.cap)) / temperature
+    z = z if head.never is None else z.index_fill(1, head.never, -1e30)
     z = z if kept is None else z.masked_fill(~kept, -1e30)
     log_prob = z.log_softmax(1)
     return log_prob[torch.arange(N), token], -(log_prob.exp() * log_prob).sum(1)
@@ -34,15 +35,16 @@ def plain(head: Head, hidden: Tensor, token: Tensor, temperature: float, kept: T
 @pytest.mark.parametrize("cap", [None, 3.0], ids=["no cap", "soft-cap"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("truncated", [False, True], ids=["whole", "truncated"])
+@pytest.mark.parametrize("never", [None, [0, 17, 102]], ids=["all", "some never"])
 @pytest.mark.parametrize("blocks", [(N, V + 1), (5, 16), (1, 8), (64, 1000)], ids=str)
-def test_blocks_give_value_and_gradient_of_the_plain_formula(monkeypatch, cap, bias, truncated, blocks) -> None:
+def test_blocks_give_value_and_gradient_of_the_plain_formula(monkeypatch, cap, bias, truncated, never, blocks) -> None:
     kept = some_support(7) if truncated else None
     token = torch.where(torch.arange(N) % 2 == 0, 3, 5)
     found = []
     for way in ("plain", "whole", "blocks"):
         hidden, weight, shift = (numbers(*shape, seed=place) for place, shape in enumerate([(N, D), (V, D), (V,)]))
         leaves = [leaf.requires_grad_() for leaf in (hidden, weight, shift)]
-        head = Head(weight, shift if bias else None, 0.7, cap)
+        head = Head(weight, shift if bias else None, 0.7, cap, None if never is None else torch.tensor(never))
         if way == "plain":
             result = plain(head, hidden, token, 0.8, kept)
         else:
