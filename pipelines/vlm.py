@@ -211,9 +211,9 @@ def load(
     drop_truncated: answers that were cut off at max_new_tokens are not trained on (overlong filtering of DAPO).
     rollout_tokens, replay_tokens: of prompts and answers computed at once.
     """
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, stop)
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, stop)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     sees = type(AutoConfig.from_pretrained(model, revision=revision)) in AutoModelForImageTextToText._model_mapping
     kind, reads = (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
