@@ -80,9 +80,8 @@ def draw(log_prob: Tensor, uniform: Tensor) -> Tensor:
     """Tokens by inversion of the distribution function; (n, V) log-probs, (n,) in [0, 1) -> (n,) int64."""
     reached = log_prob.double().exp().cumsum(1)  # (n, V)
     token = torch.searchsorted(reached, uniform.unsqueeze(1) * reached[:, -1:], right=True).squeeze(1)
-    last = (
-        log_prob.shape[1] - 1 - log_prob.isfinite().flip(1).int().argmax(1)
-    )  # rounding may lead past the last one kept
+    possible = log_prob.flip(1) > LEAST
+    last = log_prob.shape[1] - 1 - possible.int().argmax(1)  # rounding may lead past the last possible token
     return torch.minimum(token, last)
 
 

@@ -1,0 +1,195 @@
+"""Whole runs of a tiny language model through the trainer: several rounds, several updates, exact resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_vlms import saved
+from tiny_vlms.policy import picture
+
+from mmgrpo import checkpoint, journal
+from mmgrpo.check import examine
+from mmgrpo.recipe import load
+from mmgrpo.run import start
+from mmgrpo.trainer import resume, train
+
+SEES = "Qwen2_5_VLForConditionalGeneration"
+REWARD = '''
+import torch
+
+def early(samples):
+    """Whether the share of plain letters is high; nothing to tell apart for a prompt that says "dull"."""
+    share = [sum(letter.isascii() and letter.isprintable() for letter in text) / max(len(text), 1) for text in samples.text]
+    return torch.tensor([0.0 if "dull" in p.text else value for p, value in zip(samples.prompts, share)])
+'''
+TIMED = ("seconds/", "samples_per_second", "memory/")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    """Makes a recipe of a tiny model with eyes; further lines and overrides are the caller's."""
+    model = saved(SEES, tmp_path / "model")
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [
+        {"prompt": f"{'dull ' if number % 3 == 0 else ''}question {number}", "image": f"{number % 2}.png"}
+        for number in range(12)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for number in range(2):
+        picture(tmp_path / f"{number}.png", 16, 16 + 8 * number, number)
+    (tmp_path / "recipe.toml").write_text(f"""
+seed = 0
+[policy]
+build = "pipelines.vlm:load"
+model = "{model}"
+dtype = "float32"
+device = "cpu"
+max_new_tokens = 6
+replay_tokens = 200
+[prompts]
+source = "{tmp_path / "prompts.jsonl"}"
+media = {{ image = "image" }}
+[[rewards]]
+name = "early"
+build = "{tmp_path / "reward.py"}:early"
+[optimizer]
+learning_rate = 1e-3
+[train]
+iterations = 4
+prompts = 4
+group_size = 4
+save_every = 1
+""")
+    return lambda *overrides: load(tmp_path / "recipe.toml", overrides)
+
+
+def states(folder: Path) -> tuple[dict, dict]:
+    path = checkpoint.latest(folder)
+    assert path is not None
+    return checkpoint.read(path)
+
+
+def lasting(folder: Path) -> list[dict[str, object]]:
+    return [{key: value for key, value in line.items() if not key.startswith(TIMED)} for line in journal.read(folder)]
+
+
+def test_a_check_examines_replay_gradients_and_the_samplers_rounding(recipe) -> None:
+    report = examine(start(recipe()))
+    assert report.ok, report.lines
+    assert any("sampler: its log-probs differ from the replay's by" in line for line in report.lines)
+
+
+def test_a_clip_below_the_samplers_rounding_is_refused(recipe) -> None:
+    report = examine(start(recipe("objective.low=1e-9", "objective.high=1e-9")))
+    [line] = [line for line in report.lines if line.startswith("FAIL")]
+    assert "the objective clips at 1e-09; expected more" in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.updates=2", "train.passes=2", "train.rounds=3"),
+        (
+            "loss.kl_weight=0.1",
+            "loss.kl='k3_unbiased'",
+            "reference.kind='ema'",
+            "reference.decay=0.5",
+            "train.updates=2",
+        ),
+        (
+            "policy.lora={rank=4}",
+            "loss.kl_weight=0.1",
+            "loss.kl='k3'",
+            "reference.kind='adapters_off'",
+            "policy.top_p=0.9",
+        ),
+    ],
+    ids=["one update", "several updates and rounds", "kl to an average", "adapters, truncated"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe, tmp_path, overrides) -> None:
+    train(recipe(*overrides), tmp_path / "whole")
+    train(recipe(*overrides, "train.iterations=2"), tmp_path / "half")
+    text = (tmp_path / "half" / "recipe.toml").read_text()
+    (tmp_path / "half" / "recipe.toml").write_text(text.replace("iterations = 2", "iterations = 4"))
+    resume(tmp_path / "half")
+    (one, facts), (other, expected) = states(tmp_path / "half"), states(tmp_path / "whole")
+    assert facts == expected
+    for part, tensors in other.items():
+        for name, value in tensors.items():
+            assert torch.equal(one[part][name], value), (part, name)
+    assert lasting(tmp_path / "half") == lasting(tmp_path / "whole")
+
+
+def test_rounds_go_on_until_enough_groups_differ_and_every_sample_is_counted(recipe, tmp_path) -> None:
+    run = train(recipe("train.rounds=4", "train.iterations=3"), tmp_path / "run")
+    lines = journal.read(tmp_path / "run")
+    assert [line["rollout/rounds"] for line in lines] != [1.0, 1.0, 1.0]  # a third of the prompts teaches nothing
+    assert run.rollouts == sum(line["rollout/rounds"] for line in lines)
+    assert run.samples == 16 * run.rollouts == sum(line["rollout/generated"] for line in lines)
+    assert all(line["update/samples"] == 16 for line in lines)  # four groups with spread, none wasted
+    assert any(line["reward/early/groups_without_spread"] > 0 for line in lines)  # told of everything generated
+
+
+def test_a_bound_of_rounds_is_kept_where_too_few_groups_differ(recipe, tmp_path) -> None:
+    run = train(recipe("train.rounds=2", "train.iterations=1", "prompts.limit=1", "train.prompts=1"), tmp_path / "run")
+    [line] = journal.read(tmp_path / "run")
+    assert line["rollout/rounds"] == 2 and run.samples == 8 and line["update/samples"] == 0
+
+
+def test_several_updates_from_one_rollout_are_off_policy_and_one_is_not(recipe, tmp_path) -> None:
+    train(recipe("train.updates=2", "train.passes=2", "train.iterations=1"), tmp_path / "several")
+    [line] = journal.read(tmp_path / "several")
+    assert line["update/ratio/max_abs_log/first"] == 0 and line["update/ratio/max_abs_log"] > 0
+    train(recipe("train.iterations=1"), tmp_path / "one")
+    [line] = journal.read(tmp_path / "one")
+    assert line["update/ratio/max_abs_log"] == 0 and 0 < line["update/sampler/mean_abs_gap"] < 1e-5
+    assert line["rollout/decisions/max"] <= 6
+
+
+OBJECTIVES = {
+    "clipped": [],
+    "gspo": ["objective.build='mmgrpo.objectives:gspo'"],
+    "gspo_token": ["objective.build='mmgrpo.objectives:gspo_token'"],
+    "cispo": ["objective.build='mmgrpo.objectives:cispo'", "loss.aggregation='token_mean'"],
+    "reinforce": ["objective.build='mmgrpo.objectives:reinforce'"],
+    "corrected": [
+        "objective={build='mmgrpo.objectives:sampler_corrected', objective={build='mmgrpo.objectives:clipped'}}"
+    ],
+    "top entropy": [
+        "objective={build='mmgrpo.objectives:top_entropy', objective={build='mmgrpo.objectives:clipped'}, share=0.5}"
+    ],
+    "k2": ["loss.kl='k2'", "loss.kl_weight=0.1", "reference.kind='frozen'"],
+    "k3": ["loss.kl='k3'", "loss.kl_weight=0.1", "reference.kind='frozen'"],
+    "unbiased k3": ["loss.kl='k3_unbiased'", "loss.kl_weight=0.1", "reference.kind='previous'"],
+}
+NEEDS_TOKENS = {
+    "corrected",
+    "top entropy",
+}  # a denoising step has neither a second sampler nor an entropy that is reported
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_tokens_and_denoising_steps_alike(recipe, name, tmp_path) -> None:
+    from test_trainer import recipe as image_recipe
+
+    small = ["train.iterations=2", "train.updates=2"]
+    clip = ["objective.low=0.1", "objective.high=0.1"] if name in ("gspo", "gspo_token") else []
+    tokens = train(recipe(*OBJECTIVES[name], *clip, *small), tmp_path / "tokens")
+    assert tokens.updates == 4
+    moved = [line["update/ratio/max_abs_log"] for line in journal.read(tmp_path / "tokens")]
+    assert all(value > 0 for value in moved)
+    if name not in NEEDS_TOKENS:
+        own = [item for item in OBJECTIVES[name] if name != "clipped"] or [
+            "objective.build='mmgrpo.objectives:clipped'"
+        ]
+        steps = train(image_recipe(*plain_image(own), *small), tmp_path / "steps")
+        assert steps.updates == 4
+
+
+def plain_image(overrides: list[str]) -> list[str]:
+    """Overrides for the image demo's recipe, whose own objective has options that others lack."""
+    named = [item for item in overrides if item.startswith("objective")]
+    chosen = named[0].split("=", 1)[1] if named else "'mmgrpo.objectives:clipped'"
+    return [f"objective={{build={chosen}}}", *(item for item in overrides if not item.startswith("objective"))]
