@@ -84,6 +84,16 @@ def grown(inputs: BatchFeature, reply: Tensor, kind: int) -> BatchFeature:
     return BatchFeature({**inputs, **longer})
 
 
+def greedy(made: Built, inputs: BatchFeature, kind: int, most: int) -> list[int]:
+    """The likeliest token after the likeliest, each from a pass over everything before it, until the end token."""
+    reply: list[int] = []
+    while len(reply) < most and made.tokenizer.eos_token_id not in reply:
+        token = logits(made, inputs)[:, -1:].argmax(-1)
+        inputs = grown(inputs, token, kind)
+        reply.append(int(token))
+    return reply
+
+
 def places(made: Built, inputs: BatchFeature) -> Tensor:
     """Where each token stands, as generation counts it: padding does not; (B, L) or (4, B, L)."""
     others = {name: value for name, value in inputs.items() if name != "input_ids"}
@@ -139,6 +149,12 @@ def test_a_tokenizer_gives_back_any_text(row: TinyVLM) -> None:
     for text in ("How many?", " two  spaces\nand a line, 3 × 7 = 21", "Größe 猫 🙂"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer) == built(row).model.get_output_embeddings().weight.shape[0]
+
+
+@every_row
+def test_a_reply_ends_with_what_the_tokenizer_ends_with_and_padding_is_another_token(row: TinyVLM) -> None:
+    tokenizer, generation = built(row).tokenizer, built(row).model.generation_config
+    assert generation.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id == generation.pad_token_id
 
 
 @every_row
@@ -200,10 +216,8 @@ def test_generation_equals_full_forwards_without_a_cache(row: TinyVLM) -> None:
         inputs = made.encode(prompt)
         with torch.no_grad():
             tokens = made.model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        length = inputs["input_ids"].shape[1]
-        for _ in range(5):
-            inputs = grown(inputs, logits(made, inputs)[:, -1:].argmax(-1), row.reply_type)
-        assert tokens[0, length:].tolist() == inputs["input_ids"][0, length:].tolist()
+        reply = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+        assert reply == greedy(made, inputs, row.reply_type, most=5)
 
 
 @every_row_that_repeats

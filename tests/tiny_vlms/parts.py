@@ -84,16 +84,16 @@ def byte_pieces(*special: str) -> dict[str, int]:
 
 
 def qwen_tokenizer(*special: str, **named: str) -> Qwen2Tokenizer:
-    """0 pads and ends; the named special tokens are attributes of the tokenizer."""
-    vocabulary = byte_letters("<|endoftext|>")
-    markers = ("<|im_start|>", "<|im_end|>", *special)
-    return with_markers(Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=named), markers)
+    """0 pads, the end of a turn ends; the named special tokens are attributes of the tokenizer."""
+    options = {"eos_token": "<|im_end|>", "extra_special_tokens": named}
+    tokenizer = Qwen2Tokenizer(vocab=byte_letters("<|endoftext|>"), merges=[], **options)
+    return with_markers(tokenizer, ("<|im_start|>", *special))
 
 
-def gpt2_tokenizer(*special: str) -> GPT2Tokenizer:
-    """0 pads and ends."""
-    tokenizer = GPT2Tokenizer(vocab=byte_letters("<|endoftext|>"), merges=[], pad_token="<|endoftext|>")
-    return with_markers(tokenizer, special)
+def gpt2_tokenizer(end: str, *special: str) -> GPT2Tokenizer:
+    """0 pads and begins, the given token ends."""
+    options = {"pad_token": "<|endoftext|>", "eos_token": end}
+    return with_markers(GPT2Tokenizer(vocab=byte_letters("<|endoftext|>"), merges=[], **options), special)
 
 
 def llama_tokenizer(*special: str, **named: str) -> LlamaTokenizer:
@@ -115,6 +115,12 @@ def with_markers(tokenizer: PreTrainedTokenizerFast, markers: tuple[str, ...]) -
     tokenizer.padding_side = "left"
     tokenizer.model_max_length = 4096
     return tokenizer
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """Arguments of a language model's config: how many tokens there are, and which begin, end and pad."""
+    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return {"vocab_size": len(tokenizer), **marks, "pad_token_id": tokenizer.pad_token_id}
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, **tokens: str) -> dict[str, int]:
