@@ -21,6 +21,10 @@ PICTURES = (picture(0), picture(1, height=16, width=32))
 """Of different size, and of different shape."""
 
 
+BEGUN = {f"{name}ForConditionalGeneration" for name in ("Llava", "Gemma3", "Mistral3", "PaliGemma", "Gemma4")}
+"""Their prompts carry a token that begins; template and tokenizer would each write one, unless one is told not to."""
+
+
 def each(rows: Iterable[TinyVLM]) -> pytest.MarkDecorator:
     """The test runs for every one of the rows; those beyond the required ones after all other tests."""
     marks = {True: (), False: pytest.mark.slow}
@@ -165,6 +169,14 @@ def test_a_template_writes_every_turn_and_asks_for_a_reply(row: TinyVLM) -> None
     written = built(row).write(messages)
     assert written == built(row).write(plain)
     assert written.index("How many?") < written.index("Three.") < written.index("Sure?")
+
+
+@every_row
+def test_a_prompt_begins_once(row: TinyVLM) -> None:
+    begin = built(row).tokenizer.bos_token_id
+    for prompt in prompts_of(row):
+        begun = built(row).encode(prompt)["input_ids"][0].tolist().count(begin)
+        assert begun == (row.name in BEGUN)
 
 
 @every_row

@@ -97,16 +97,17 @@ def gpt2_tokenizer(end: str, *special: str) -> GPT2Tokenizer:
 
 
 def llama_tokenizer(*special: str, **named: str) -> LlamaTokenizer:
-    """0 is unknown, 1 begins, 2 ends, 3 pads; no space is put before a text."""
-    vocabulary = byte_pieces("<unk>", "<s>", "</s>", "<pad>")
-    options = {"pad_token": "<pad>", "add_prefix_space": False, "extra_special_tokens": named}
-    return with_markers(LlamaTokenizer(vocab=vocabulary, merges=[], **options), special)
+    """0 is unknown, 1 begins every text unless told otherwise, 2 ends, 3 pads; no space is put before a text."""
+    pieces = byte_pieces("<unk>", "<s>", "</s>", "<pad>")
+    options = {"pad_token": "<pad>", "add_prefix_space": False, "add_bos_token": True, "extra_special_tokens": named}
+    return with_markers(LlamaTokenizer(vocab=pieces, merges=[], **options), special)
 
 
 def gemma_tokenizer(*special: str, **named: str) -> GemmaTokenizer:
-    """0 pads, 1 ends, 2 begins, 3 is unknown."""
-    vocabulary = byte_pieces("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-    return with_markers(GemmaTokenizer(vocab=vocabulary, merges=[], extra_special_tokens=named), special)
+    """0 pads, 1 ends, 2 begins every text unless told otherwise, 3 is unknown."""
+    pieces = byte_pieces("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    options = {"add_bos_token": True, "extra_special_tokens": named}
+    return with_markers(GemmaTokenizer(vocab=pieces, merges=[], **options), special)
 
 
 def with_markers(tokenizer: PreTrainedTokenizerFast, markers: tuple[str, ...]) -> PreTrainedTokenizerFast:
