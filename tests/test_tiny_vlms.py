@@ -21,6 +21,10 @@ PICTURES = (picture(0), picture(1, height=16, width=32))
 """Of different size, and of different shape."""
 
 
+BEGUN = {f"{name}ForConditionalGeneration" for name in ("Llava", "Gemma3", "Mistral3", "PaliGemma", "Gemma4")}
+"""Their prompts carry a token that begins; template and tokenizer would each write one, unless one is told not to."""
+
+
 def each(rows: Iterable[TinyVLM]) -> pytest.MarkDecorator:
     """The test runs for every one of the rows; those beyond the required ones after all other tests."""
     marks = {True: (), False: pytest.mark.slow}
@@ -84,6 +88,16 @@ def grown(inputs: BatchFeature, reply: Tensor, kind: int) -> BatchFeature:
     return BatchFeature({**inputs, **longer})
 
 
+def greedy(made: Built, inputs: BatchFeature, kind: int, most: int) -> list[int]:
+    """The likeliest token after the likeliest, each from a pass over everything before it, until the end token."""
+    reply: list[int] = []
+    while len(reply) < most and made.tokenizer.eos_token_id not in reply:
+        token = logits(made, inputs)[:, -1:].argmax(-1)
+        inputs = grown(inputs, token, kind)
+        reply.append(int(token))
+    return reply
+
+
 def places(made: Built, inputs: BatchFeature) -> Tensor:
     """Where each token stands, as generation counts it: padding does not; (B, L) or (4, B, L)."""
     others = {name: value for name, value in inputs.items() if name != "input_ids"}
@@ -142,6 +156,12 @@ def test_a_tokenizer_gives_back_any_text(row: TinyVLM) -> None:
 
 
 @every_row
+def test_a_reply_ends_with_what_the_tokenizer_ends_with_and_padding_is_another_token(row: TinyVLM) -> None:
+    tokenizer, generation = built(row).tokenizer, built(row).model.generation_config
+    assert generation.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id == generation.pad_token_id
+
+
+@every_row
 def test_a_template_writes_every_turn_and_asks_for_a_reply(row: TinyVLM) -> None:
     turns = [("user", "How many?"), ("assistant", "Three."), ("user", "Sure?")]
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
@@ -149,6 +169,14 @@ def test_a_template_writes_every_turn_and_asks_for_a_reply(row: TinyVLM) -> None
     written = built(row).write(messages)
     assert written == built(row).write(plain)
     assert written.index("How many?") < written.index("Three.") < written.index("Sure?")
+
+
+@every_row
+def test_a_prompt_begins_once(row: TinyVLM) -> None:
+    begin = built(row).tokenizer.bos_token_id
+    for prompt in prompts_of(row):
+        begun = built(row).encode(prompt)["input_ids"][0].tolist().count(begin)
+        assert begun == (row.name in BEGUN)
 
 
 @every_row
@@ -200,10 +228,8 @@ def test_generation_equals_full_forwards_without_a_cache(row: TinyVLM) -> None:
         inputs = made.encode(prompt)
         with torch.no_grad():
             tokens = made.model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        length = inputs["input_ids"].shape[1]
-        for _ in range(5):
-            inputs = grown(inputs, logits(made, inputs)[:, -1:].argmax(-1), row.reply_type)
-        assert tokens[0, length:].tolist() == inputs["input_ids"][0, length:].tolist()
+        reply = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+        assert reply == greedy(made, inputs, row.reply_type, most=5)
 
 
 @every_row_that_repeats

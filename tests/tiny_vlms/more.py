@@ -17,7 +17,7 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from .parts import DECODER, ENCODER, WIDTH, chat, fresh, gemma_tokenizer, ids, llama_tokenizer
+from .parts import DECODER, ENCODER, WIDTH, chat, fresh, gemma_tokenizer, ids, llama_tokenizer, vocabulary
 from .record import Built, TinyVLM
 
 GEMMA4 = {
@@ -33,10 +33,9 @@ GEMMA4 = {
 def mistral3() -> Built:
     """2 x 2 patches become a token; a picture keeps its shape, each row of its tokens ends with a break."""
     tokenizer = llama_tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]")
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     text = {"model_type": "mistral", **DECODER, "head_dim": 16, "sliding_window": None}
     config = Mistral3Config(
-        text_config={**text, "vocab_size": len(tokenizer), **ends},
+        text_config={**text, **vocabulary(tokenizer)},
         vision_config={"model_type": "pixtral", **ENCODER, "image_size": 32, "patch_size": 4},
         spatial_merge_size=2,
         tie_word_embeddings=False,
@@ -56,7 +55,7 @@ def paligemma() -> Built:
     processor = PaliGemmaProcessor(pictures, tokenizer, chat_template=chat("", "", "", image="<image>"))
     vision = {"model_type": "siglip_vision_model", **ENCODER, "image_size": 16, "patch_size": 8}
     config = PaliGemmaConfig(
-        text_config={"model_type": "gemma", **DECODER, "head_dim": 16, "vocab_size": len(tokenizer)},
+        text_config={"model_type": "gemma", **DECODER, "head_dim": 16, **vocabulary(tokenizer)},
         vision_config={**vision, "vision_use_head": False},
         projection_dim=WIDTH,
         hidden_size=WIDTH,
@@ -75,7 +74,7 @@ def gemma4() -> Built:
     config = Gemma4Config(
         text_config={
             **text,
-            "vocab_size": len(tokenizer),
+            **vocabulary(tokenizer),
             "vocab_size_per_layer_input": len(tokenizer),
             "use_bidirectional_attention": "vision",
             "final_logit_softcapping": 2.0,

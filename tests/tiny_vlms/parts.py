@@ -84,29 +84,30 @@ def byte_pieces(*special: str) -> dict[str, int]:
 
 
 def qwen_tokenizer(*special: str, **named: str) -> Qwen2Tokenizer:
-    """0 pads and ends; the named special tokens are attributes of the tokenizer."""
-    vocabulary = byte_letters("<|endoftext|>")
-    markers = ("<|im_start|>", "<|im_end|>", *special)
-    return with_markers(Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=named), markers)
+    """0 pads, the end of a turn ends; the named special tokens are attributes of the tokenizer."""
+    options = {"eos_token": "<|im_end|>", "extra_special_tokens": named}
+    tokenizer = Qwen2Tokenizer(vocab=byte_letters("<|endoftext|>"), merges=[], **options)
+    return with_markers(tokenizer, ("<|im_start|>", *special))
 
 
-def gpt2_tokenizer(*special: str) -> GPT2Tokenizer:
-    """0 pads and ends."""
-    tokenizer = GPT2Tokenizer(vocab=byte_letters("<|endoftext|>"), merges=[], pad_token="<|endoftext|>")
-    return with_markers(tokenizer, special)
+def gpt2_tokenizer(end: str, *special: str) -> GPT2Tokenizer:
+    """0 pads and begins, the given token ends."""
+    options = {"pad_token": "<|endoftext|>", "eos_token": end}
+    return with_markers(GPT2Tokenizer(vocab=byte_letters("<|endoftext|>"), merges=[], **options), special)
 
 
 def llama_tokenizer(*special: str, **named: str) -> LlamaTokenizer:
-    """0 is unknown, 1 begins, 2 ends, 3 pads; no space is put before a text."""
-    vocabulary = byte_pieces("<unk>", "<s>", "</s>", "<pad>")
-    options = {"pad_token": "<pad>", "add_prefix_space": False, "extra_special_tokens": named}
-    return with_markers(LlamaTokenizer(vocab=vocabulary, merges=[], **options), special)
+    """0 is unknown, 1 begins every text unless told otherwise, 2 ends, 3 pads; no space is put before a text."""
+    pieces = byte_pieces("<unk>", "<s>", "</s>", "<pad>")
+    options = {"pad_token": "<pad>", "add_prefix_space": False, "add_bos_token": True, "extra_special_tokens": named}
+    return with_markers(LlamaTokenizer(vocab=pieces, merges=[], **options), special)
 
 
 def gemma_tokenizer(*special: str, **named: str) -> GemmaTokenizer:
-    """0 pads, 1 ends, 2 begins, 3 is unknown."""
-    vocabulary = byte_pieces("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-    return with_markers(GemmaTokenizer(vocab=vocabulary, merges=[], extra_special_tokens=named), special)
+    """0 pads, 1 ends, 2 begins every text unless told otherwise, 3 is unknown."""
+    pieces = byte_pieces("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    options = {"add_bos_token": True, "extra_special_tokens": named}
+    return with_markers(GemmaTokenizer(vocab=pieces, merges=[], **options), special)
 
 
 def with_markers(tokenizer: PreTrainedTokenizerFast, markers: tuple[str, ...]) -> PreTrainedTokenizerFast:
@@ -115,6 +116,12 @@ def with_markers(tokenizer: PreTrainedTokenizerFast, markers: tuple[str, ...]) -
     tokenizer.padding_side = "left"
     tokenizer.model_max_length = 4096
     return tokenizer
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """Arguments of a language model's config: how many tokens there are, and which begin, end and pad."""
+    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return {"vocab_size": len(tokenizer), **marks, "pad_token_id": tokenizer.pad_token_id}
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, **tokens: str) -> dict[str, int]:

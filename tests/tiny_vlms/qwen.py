@@ -18,7 +18,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from .parts import CHATML, DECODER, WIDTH, byte_letters, chat, fresh, ids, qwen_tokenizer, with_markers
+from .parts import CHATML, DECODER, WIDTH, byte_letters, chat, fresh, ids, qwen_tokenizer, vocabulary, with_markers
 from .record import Built, TinyVLM
 
 PATCH = 4
@@ -43,10 +43,8 @@ VISION = {
 
 
 def text_config(**rope: object) -> dict[str, object]:
-    tokenizer = qwen_tokenizer(*PARTS)
     positions = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0, **rope}
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return {**DECODER, "vocab_size": len(tokenizer), "rope_parameters": positions, **ends}
+    return {**DECODER, **vocabulary(qwen_tokenizer(*PARTS)), "rope_parameters": positions}
 
 
 def vision_ids() -> dict[str, int]:
@@ -99,8 +97,8 @@ def qwen3_5() -> Built:
     sizes = {"head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, **linear}
     text = {**text_config(**rope), **sizes, "layer_types": ["linear_attention", "full_attention"]}
     config = Qwen3_5Config(text_config=text, vision_config=vision, **vision_ids())
-    tokenizer = Qwen3_5Tokenizer(vocab=byte_letters("<|endoftext|>"), merges=[])
-    tokenizer = with_markers(tokenizer, ("<|im_start|>", "<|im_end|>", *PARTS))
+    tokenizer = Qwen3_5Tokenizer(vocab=byte_letters("<|endoftext|>"), merges=[], eos_token="<|im_end|>")
+    tokenizer = with_markers(tokenizer, ("<|im_start|>", *PARTS))
     parts = (pictures(), tokenizer, Qwen3VLVideoProcessor(**frames(8)))
     processor = Qwen3VLProcessor(*parts, chat_template=chat(*CHATML, IMAGE, "<|video_pad|>"))
     return Built(fresh(Qwen3_5ForConditionalGeneration, config), processor)

@@ -10,7 +10,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from .parts import CHATML, DECODER, WIDTH, chat, fresh, qwen_tokenizer
+from .parts import CHATML, DECODER, WIDTH, chat, fresh, qwen_tokenizer, vocabulary
 from .record import Built, TinyVLM
 
 
@@ -20,24 +20,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def vocabulary() -> dict[str, int | None]:
-    made = tokenizer()
-    ends = {"bos_token_id": None, "eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
-    return {"vocab_size": len(made), **ends}
-
-
 def qwen3() -> Built:
-    config = Qwen3Config(**DECODER, **vocabulary(), head_dim=16)
+    config = Qwen3Config(**DECODER, **vocabulary(tokenizer()), head_dim=16)
     return Built(fresh(Qwen3ForCausalLM, config), tokenizer())
 
 
 def mamba() -> Built:
-    config = MambaConfig(**vocabulary(), hidden_size=WIDTH, num_hidden_layers=2, state_size=8, time_step_rank=4)
+    config = MambaConfig(
+        **vocabulary(tokenizer()), hidden_size=WIDTH, num_hidden_layers=2, state_size=8, time_step_rank=4
+    )
     return Built(fresh(MambaForCausalLM, config), tokenizer())
 
 
 def lfm2() -> Built:
-    config = Lfm2Config(**DECODER, **vocabulary(), layer_types=["conv", "full_attention"])
+    config = Lfm2Config(**DECODER, **vocabulary(tokenizer()), layer_types=["conv", "full_attention"])
     return Built(fresh(Lfm2ForCausalLM, config), tokenizer())
 
 

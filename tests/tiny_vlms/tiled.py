@@ -18,13 +18,13 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from .parts import CHATML, DECODER, ENCODER, chat, fresh, gpt2_tokenizer, ids, qwen_tokenizer
+from .parts import CHATML, DECODER, ENCODER, chat, fresh, gpt2_tokenizer, ids, qwen_tokenizer, vocabulary
 from .record import Built, TinyVLM
 
 TILE = 16
 """Pixels of a tile's side."""
 
-SMOL = ("<fake_token_around_image>", "<image>", "<global-img>", "<video>", "<end_of_utterance>", "<|im_start|>")
+SMOL = ("<fake_token_around_image>", "<image>", "<global-img>", "<video>", "<|im_start|>")
 SMOL_CHAT = ("<|im_start|>ROLE: ", "<end_of_utterance>\n", "assistant:")
 SMOL_TILES = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
 
@@ -41,9 +41,8 @@ SIZES = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": 
 
 def idefics_parts(tokenizer: GPT2Tokenizer) -> dict[str, object]:
     """A config: a tile is 2 x 2 patches that become one token; a square picture is four tiles and the whole."""
-    ends = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return {
-        "text_config": {"model_type": "llama", **DECODER, "vocab_size": len(tokenizer), **ends},
+        "text_config": {"model_type": "llama", **DECODER, **vocabulary(tokenizer)},
         "vision_config": {**ENCODER, "image_size": TILE, "patch_size": TILE // 2},
         "scale_factor": 2,
         **ids(tokenizer, image_token_id="<image>"),
@@ -51,7 +50,7 @@ def idefics_parts(tokenizer: GPT2Tokenizer) -> dict[str, object]:
 
 
 def smolvlm() -> Built:
-    tokenizer = gpt2_tokenizer(*SMOL, *SMOL_TILES)
+    tokenizer = gpt2_tokenizer("<end_of_utterance>", *SMOL, *SMOL_TILES)
     sampling = {"fps": 1, "max_frames": 8, "video_size": {"longest_edge": TILE}}
     videos = SmolVLMVideoProcessor(max_image_size={"longest_edge": TILE}, video_sampling=sampling)
     parts = (SmolVLMImageProcessor(**SIZES), tokenizer, videos)
@@ -60,7 +59,7 @@ def smolvlm() -> Built:
 
 
 def idefics3() -> Built:
-    tokenizer = gpt2_tokenizer(*SMOL, *SMOL_TILES)
+    tokenizer = gpt2_tokenizer("<end_of_utterance>", *SMOL, *SMOL_TILES)
     parts = (Idefics3ImageProcessor(**SIZES), tokenizer)
     processor = Idefics3Processor(*parts, image_seq_len=1, chat_template=chat(*SMOL_CHAT, "<image>"))
     return Built(fresh(Idefics3ForConditionalGeneration, Idefics3Config(**idefics_parts(tokenizer))), processor)
@@ -69,9 +68,8 @@ def idefics3() -> Built:
 def internvl() -> Built:
     """A tile is 4 x 4 patches that become 4 tokens; a square picture is one tile, a wide one two and the whole."""
     tokenizer = qwen_tokenizer(**INTERN)
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = InternVLConfig(
-        text_config={"model_type": "qwen2", **DECODER, "vocab_size": len(tokenizer), **ends},
+        text_config={"model_type": "qwen2", **DECODER, **vocabulary(tokenizer)},
         vision_config={**ENCODER, "image_size": [TILE, TILE], "patch_size": [TILE // 4, TILE // 4]},
         image_seq_length=4,
         **ids(tokenizer, image_token_id=INTERN["context_image_token"]),

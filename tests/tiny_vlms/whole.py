@@ -11,7 +11,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from .parts import DECODER, ENCODER, chat, fresh, gemma_tokenizer, ids, llama_tokenizer
+from .parts import DECODER, ENCODER, chat, fresh, gemma_tokenizer, ids, llama_tokenizer, vocabulary
 from .record import Built, TinyVLM
 
 GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
@@ -21,9 +21,8 @@ GEMMA_CHAT = ("<start_of_turn>ROLE\n", "<end_of_turn>\n", "<start_of_turn>model\
 def llava() -> Built:
     """CLIP's features before the last layer without the class token: 3 x 3 tokens a picture."""
     tokenizer = llama_tokenizer(image_token="<image>")
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     config = LlavaConfig(
-        text_config={"model_type": "llama", **DECODER, "vocab_size": len(tokenizer), **ends},
+        text_config={"model_type": "llama", **DECODER, **vocabulary(tokenizer)},
         vision_config={"model_type": "clip_vision_model", **ENCODER, "image_size": 24, "patch_size": 8},
         image_seq_length=9,
         **ids(tokenizer, image_token_index="<image>"),
@@ -39,7 +38,7 @@ def gemma3() -> Built:
     """One layer looks back 8 tokens, the other at everything; image tokens of a picture see each other."""
     tokenizer = gemma_tokenizer("<start_of_turn>", "<end_of_turn>", **GEMMA)
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-    text = {**DECODER, **layers, "head_dim": 16, "query_pre_attn_scalar": 16, "vocab_size": len(tokenizer)}
+    text = {**DECODER, **layers, "head_dim": 16, "query_pre_attn_scalar": 16, **vocabulary(tokenizer)}
     config = Gemma3Config(
         text_config={"model_type": "gemma3_text", **text},
         vision_config={"model_type": "siglip_vision_model", **ENCODER, "image_size": 16, "patch_size": 4},
