@@ -6,6 +6,7 @@ score 0, a prompt without a target NaN. The option `tag` is that of `rewards.ans
 
 import math
 import re
+from functools import cache
 from typing import Literal
 
 from torch import Tensor
@@ -14,11 +15,18 @@ from mmgrpo.types import Prompt, Samples
 from rewards.answers import FREE, POWER, SIGN, score_answers, to_number, unusable
 
 COORDINATE = rf"{FREE}{SIGN}(?:\d++(?:\.\d++)?|\.\d++){POWER}"  # a comma stands between two
-RUN = re.compile(rf"{COORDINATE}(?:[\s,;()\[\]]++{COORDINATE})*+")
+BETWEEN = r"[\s,;()\[\]]++"
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 Form = Literal["corners", "size"]
 FORMS = {"corners": "left, top, right, bottom", "size": "left, top, width, height"}
+
+
+@cache
+def run_of(size: int) -> re.Pattern[str]:
+    """A run of numbers as long as it goes, in group 1 if it has exactly `size`; atomic, so that none is cut short."""
+    exactly = rf"(?>{COORDINATE}(?:{BETWEEN}{COORDINATE}){{{size - 1}}})(?!{BETWEEN}{COORDINATE})"
+    return re.compile(rf"({exactly})|{COORDINATE}(?:{BETWEEN}{COORDINATE})*+")
 
 
 def coordinates(text: str, size: int) -> list[float] | None:
@@ -26,9 +34,10 @@ def coordinates(text: str, size: int) -> list[float] | None:
 
     So [1, 2, 3, 4] and (1,2),(3,4) are boxes, and five numbers in a row are none. None: no such run, or not finite.
     """
-    runs = [re.findall(COORDINATE, run[0]) for run in RUN.finditer(text)]
-    fitting = [run for run in runs if len(run) == size]
-    values = [value for item in fitting[-1:] for part in item if (value := to_number(part)) is not None]
+    last = ""
+    for run in run_of(size).finditer(text):
+        last = run[1] or last
+    values = [value for item in re.findall(COORDINATE, last) if (value := to_number(item)) is not None]
     return values if len(values) == size else None
 
 
@@ -51,13 +60,11 @@ def read_point(text: str) -> Point | None:
 def wanted_text(prompt: Prompt, size: int) -> str | None:
     """The target, a list of `size` numbers or a text with them, as a text; raises ValueError for another type."""
     target = prompt.target
-    if isinstance(target, list | tuple) and all(
-        isinstance(item, int | float) and not isinstance(item, bool) for item in target
-    ):
-        return repr(list(target))
-    if target is not None and not isinstance(target, str):
+    if target is None or isinstance(target, str):
+        return target
+    if not isinstance(target, list | tuple) or [type(item) in (int, float) for item in target] != [True] * size:
         raise unusable(prompt, f"a list of {size} numbers, or a text with them")
-    return target
+    return repr(list(target))
 
 
 def wanted_box(prompt: Prompt, form: Form) -> Box | None:

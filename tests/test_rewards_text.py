@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
@@ -37,7 +37,7 @@ def said(*texts: str, target: object = None, targets: tuple[object, ...] = (), *
 
 def same(values: object, expected: list[float]) -> None:
     assert isinstance(values, Tensor) and values.dtype == torch.float32
-    torch.testing.assert_close(values, torch.tensor(expected), rtol=0, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-6, equal_nan=True)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_an_answer_that_would_compute_for_ever_is_0_logged_and_the_next_one_is_c
 
 def test_an_answer_that_is_python_is_not_run(tmp_path: Path):
     code = f"__import__('pathlib').Path({str(tmp_path / 'run')!r}).touch()"
-    same(MATHEMATICS(said(code, f"${code}$", f"1+{code}", f"\\boxed{{{code}}}", target="1")), [0, 0, 0, 0])
+    same(MATHEMATICS(said(code, f"${code}$", f"1+{code}", f"\\boxed{{{code}}}", target="7")), [0, 0, 0, 0])
     assert not list(tmp_path.iterdir())
 
 
@@ -240,6 +240,7 @@ def test_rouge_l_has_the_values_worked_out_by_hand():
     same(rouge_l(said("кот на ковре", target="кот ковре")), [2 * 2 / 5])  # rouge-score sees no words here
 
 
+@settings(deadline=None, derandomize=True)
 @given(*[st.text("abc ABC.,1_-", max_size=40)] * 2)
 def test_rouge_l_equals_the_rouge_score_package_on_ascii(found: str, right: str):
     reference = RougeScorer(["rougeL"]).score(right, found)["rougeL"]
@@ -359,7 +360,11 @@ def test_a_target_of_an_unusable_type_is_refused_with_the_prompts_number(name: s
 @pytest.mark.parametrize("name", [*WITH_TARGET, "tag_format", "graded", "json_schema"])
 @pytest.mark.parametrize("text", MEGABYTE)
 def test_a_megabyte_of_anything_is_scored_within_a_second(name: str, text: str, schema: Path):
-    forms = {"tag_format": tag_format, "graded": partial(tag_format, graded=True), "json_schema": json_schema(schema=schema)}
+    forms = {
+        "tag_format": tag_format,
+        "graded": partial(tag_format, graded=True),
+        "json_schema": json_schema(schema=schema),
+    }
     reward, target = (forms[name], None) if name in forms else WITH_TARGET[name]
     batch = said(MEGABYTE[text], target=target)
     begin = time.process_time()
@@ -375,6 +380,7 @@ def test_the_tags_of_a_megabyte_are_found_within_a_second(text: str):
     assert time.process_time() - begin < 1
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.text())
 def test_any_text_has_a_score_in_the_range(text: str):
     for reward, target in [WITH_TARGET[name] for name in WITH_TARGET if name != "mathematics"]:
