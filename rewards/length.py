@@ -20,7 +20,7 @@ def lengths(samples: Samples) -> Tensor:
 def overlong(samples: Samples, *, limit: int = 20480, cache: int = 4096) -> Tensor:
     """0 up to `limit - cache` tokens, then falling linearly to -1 at `limit`, and -1 above; in [-1, 0], (B,).
 
-    Source: soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), whose numbers are the defaults.
+    Source: soft overlong punishment of DAPO (arXiv 2503.14476), whose numbers are the defaults.
     """
     if not 0 < cache <= limit:
         raise ValueError(f"limit is {limit} and cache {cache} tokens; expected 0 < cache <= limit")
@@ -54,7 +54,7 @@ def repetition_penalty(
     """-most x the share of repeated n-grams of `size` words, or characters where words have no blanks; (B,).
 
     In (-most, 0]. Words end at white space, without case. Source: the n-gram penalty of Demystifying Long
-    Chain-of-Thought (arXiv 2502.03373) in the form that Open-R1 uses, over the whole text.
+    Chain-of-Thought (arXiv 2502.03373, appendix C.2) in the form that Open-R1 uses, over the whole text.
     """
     if size < 1 or not 0 <= most < float("inf"):
         raise ValueError(f"size is {size} and most {most}; expected size >= 1 and a finite number of at least 0")

@@ -303,6 +303,22 @@ def test_a_json_answer_is_found_in_its_tag_and_refused_above_the_limit(schema: P
     same(json_schema(schema=schema, limit=10)(said('{"label": "cat"}')), [0])
 
 
+def test_items_are_unique_by_their_json_value_and_compared_in_linear_time(tmp_path: Path):
+    (tmp_path / "unique.json").write_text('{"type": "array", "uniqueItems": true}')
+    reward = json_schema(schema=tmp_path / "unique.json", limit=2**20)
+    same(reward(said("[1, 2]", "[1, 1.0]", "[1, true]", '[{"a": 1, "b": 2}, {"b": 2, "a": 1}]')), [1, 0, 1, 0])
+    begin = time.process_time()
+    same(reward(said(json.dumps([{"a": n} for n in range(50_000)]))), [1])
+    assert time.process_time() - begin < 2
+
+
+def test_no_reference_of_a_schema_is_fetched(tmp_path: Path):
+    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "remote.json").write_text(json.dumps({"$ref": (tmp_path / "other.json").as_uri()}))
+    with pytest.raises(ValueError, match="remote.json' refers to 'file:.*other.json'; nothing is fetched"):
+        json_schema(schema=tmp_path / "remote.json")(said("1"))
+
+
 def test_a_schema_that_is_none_is_refused_with_its_file(tmp_path: Path):
     (tmp_path / "bad.json").write_text('{"type": "cat"}')
     for name in ("bad.json", "absent.json"):
