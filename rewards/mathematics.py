@@ -25,17 +25,25 @@ Process = subprocess.Popen[str]
 
 def read_line(process: Process, limit: float, line: str = "") -> str:
     """The process's next line after it was sent one; empty if it ended, or was killed after `limit` seconds."""
-    timer = threading.Timer(limit, process.kill)
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(limit, end)
     timer.start()
     try:
         if line:
             pipe(process.stdin).write(line + "\n")
             pipe(process.stdin).flush()
-        return pipe(process.stdout).readline()
+        reply = pipe(process.stdout).readline()
     except BrokenPipeError:
         return ""
     finally:
         timer.cancel()
+        timer.join()
+    return "" if late.is_set() else reply  # a process that was killed as it answered takes no further question
 
 
 def pipe(end: IO[str] | None) -> IO[str]:
@@ -74,10 +82,12 @@ class Comparer:
         """Whether they are equal (None: the target is no expression), and whether an answer came in time."""
         with self.lock:
             self.process = self.process or self.start()
-            question = json.dumps({"target": target, "answer": answer, "digits": self.digits})
-            reply = read_line(self.process, self.timeout, question)
-            if not reply:
-                self.close()
+            question, reply = json.dumps({"target": target, "answer": answer, "digits": self.digits}), ""
+            try:
+                reply = read_line(self.process, self.timeout, question)
+            finally:
+                if not reply:  # also after an interrupt: the answer that is to come is no later question's
+                    self.close()
             return (json.loads(reply), True) if reply else (False, False)
 
     def close(self) -> None:
@@ -93,7 +103,7 @@ def equal_mathematics(*, tag: str | None = None, digits: int = 6, timeout: float
     """1 if the answer is mathematically equal to the target, or to one of several, else 0; (B,).
 
     Numbers to `digits` decimals, fractions, LaTeX, equations, sets, intervals, matrices. Out of prose the library takes
-    the last \\boxed{}, or else what follows "answer", or else the last expression. Answers longer than `limit`
+    the last \\boxed{} or "final answer", or else what follows "answer", or else the last expression. Answers longer than `limit`
     characters, and those that take more than `timeout` seconds or the process's 4 GB, are 0; the latter are logged.
     A target that is no expression raises ValueError. Source: math-verify, as in VLAA-Thinker (arXiv 2504.11468).
     """
@@ -128,5 +138,6 @@ def equal_mathematics(*, tag: str | None = None, digits: int = 6, timeout: float
 
 
 def with_prompt(prompt: Prompt) -> tuple[Prompt, tuple[str, ...]] | None:
+    """The accepted targets beside their prompt, which the error of an unusable one names."""
     targets = accepted(prompt)
     return None if targets is None else (prompt, targets)
