@@ -136,7 +136,9 @@ class LanguagePolicy:
         def recorded(name: str) -> Tensor:
             return part.record[name][:, steps].to(found.log_prob)
 
-        old = recorded("anchor") if "anchor" in part.record else found.log_prob.detach()
+        old = found.log_prob.detach()
+        if "anchor" in part.record:
+            old = torch.where(recorded("anchor").isnan(), old, recorded("anchor"))  # NaN: read before any update
         there = steps < part.record["length"].unsqueeze(1)
         gap = torch.where(there.to(old.device), old - recorded("log_prob"), 0)
         return steps, Evaluation(
