@@ -65,7 +65,8 @@ class Reader:
             processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
         )
         self.reading = reading
-        self.accepted = set(inspect.signature(model.forward).parameters) - {"labels"}  # some processors write those unasked
+        unasked = {"labels"}  # that some processors write
+        self.accepted = set(inspect.signature(model.forward).parameters) - unasked
         self.known: dict[object, Encoded] = {}
         self.held = 0  # bytes
         if reading.chat and processor.chat_template is None:

@@ -139,7 +139,7 @@ def question(samples: Samples, row: int, template: str, tag: str | None) -> str:
 def attached(samples: Samples, row: int, attach: Attach) -> list[str]:
     """Data URLs of the images that go with a sample's question."""
     if attach == "prompt":
-        return [prompt_image(samples.prompts[row])]
+        return prompt_images(samples.prompts[row])
     if attach == "sample":
         assert samples.image is not None  # checked by `settled`
         return [png(picture) for picture in pictures(samples.image[row : row + 1])]
@@ -150,13 +150,15 @@ def data_url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def prompt_image(prompt: Prompt) -> str:
-    """The image file of a prompt as it is; raises ValueError if there is none."""
-    path = prompt.media.get("image")
-    kind = None if path is None else mimetypes.guess_type(path)[0]
-    if path is None or kind is None or not kind.startswith("image/") or not path.is_file():
-        raise ValueError(f"prompt {prompt.id} has the image {path}; attach = 'prompt' expects an image file")
-    return data_url(kind, path.read_bytes())
+def prompt_images(prompt: Prompt) -> list[str]:
+    """The image files of a prompt as they are; raises ValueError if there is none."""
+    paths = prompt.media.get("image", ())
+    kinds = [mimetypes.guess_type(path)[0] or "" for path in paths]
+    bad = [path for path, kind in zip(paths, kinds, strict=True) if not kind.startswith("image/") or not path.is_file()]
+    if bad or not paths:
+        found = f"the image {bad[0]}" if bad else "no image"
+        raise ValueError(f"prompt {prompt.id} has {found}; attach = 'prompt' expects image files")
+    return [data_url(kind, path.read_bytes()) for kind, path in zip(kinds, paths, strict=True)]
 
 
 def png(picture: Image.Image) -> str:
