@@ -133,14 +133,17 @@ class _Blocks(torch.autograd.Function):
             kept = None if support is None else unpacked(support[rows], len(weight))
             for part in _spans(len(weight), BLOCK_VOCABULARY):
                 z = logits(head, hidden[rows], part.start, part.stop)
-                log_prob = z / temperature - normaliser[rows].unsqueeze(1)
-                prob = log_prob.exp() if kept is None else torch.where(kept[:, part], log_prob.exp(), 0)
+                log_prob = (z / temperature).sub_(normaliser[rows].unsqueeze(1))
+                prob = log_prob.exp()
+                if kept is not None:
+                    prob.masked_fill_(~kept[:, part], 0)
                 slope = torch.zeros_like(prob)
                 if by_log_prob is not None:
-                    slope -= by_log_prob[rows].unsqueeze(1) * prob
+                    slope.addcmul_(prob, by_log_prob[rows].unsqueeze(1), value=-1)
                     _add_chosen(slope, token[rows], part, by_log_prob[rows])
                 if by_entropy is not None:
-                    slope -= by_entropy[rows].unsqueeze(1) * prob * (log_prob + entropy[rows].unsqueeze(1))
+                    surprise = log_prob.add_(entropy[rows].unsqueeze(1)).mul_(by_entropy[rows].unsqueeze(1))
+                    slope.addcmul_(prob, surprise, value=-1)
                 slope *= scale / temperature
                 if cap is not None:
                     slope *= (1 - (z / cap).square()).clamp(min=0)  # below 0 only at what is never chosen

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile
 
 from pipelines import token_probabilities
 from pipelines.token_probabilities import Head, logits, packed, scores, unpacked
@@ -104,3 +105,20 @@ def test_a_support_comes_back_as_it_was_packed(most, vocabulary) -> None:
 def test_logits_in_bfloat16_come_back_in_float32() -> None:
     head = Head(numbers(V, D, seed=0).bfloat16())
     assert logits(head, numbers(N, D, seed=1).bfloat16()).dtype == torch.float32
+
+
+def test_logits_are_never_held_for_a_whole_batch() -> None:
+    tokens, width, vocabulary = 1500, 16, 20000
+    weight = numbers(vocabulary, width, seed=0).requires_grad_()
+    hidden = numbers(tokens, width, seed=1).requires_grad_()
+    with profile(profile_memory=True) as recorded:
+        found = scores(Head(weight), hidden, torch.zeros(tokens, dtype=torch.int64))
+        (found.log_prob.sum() + found.entropy.sum()).backward()
+    level = peak = 0
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    blocks = 4 * token_probabilities.BLOCK_TOKENS * token_probabilities.BLOCK_VOCABULARY
+    assert 0 < peak < 7 * blocks  # a few temporaries of one block, whatever the number of tokens
+    assert peak < 2 * 4 * tokens * vocabulary

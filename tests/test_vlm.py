@@ -256,6 +256,29 @@ def test_gradient_checkpointing_changes_no_bit(name, tmp_path):
     )
 
 
+def test_gradient_checkpointing_keeps_less_for_backward(tmp_path):
+    prompts = prompts_of(NAMED[SEES], tmp_path)
+    policy = policy_of(SEES, sampling=Sampling(2))
+    policy.prepare(prompts)
+    trajectory, _ = policy.rollout(batch_of(prompts[:1]))
+
+    def kept() -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            policy.answers.read(trajectory)
+        weights = {value.untyped_storage().data_ptr() for value in policy.trainable().values()}
+        return sum(size for place, size in sizes.items() if place not in weights)
+
+    plain = kept()
+    policy.answers.options = Options(gradient_checkpointing=True)
+    assert kept() < 0.5 * plain
+
+
 def test_dropout_is_off_in_rollouts_and_replays(tmp_path):
     prompts = prompts_of(NAMED[READS], tmp_path)
     policy = policy_of(READS)
