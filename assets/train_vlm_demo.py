@@ -171,7 +171,7 @@ def main() -> None:
 
     train(model, reader, options.steps, options.careless_steps, options.careless_share, options.seed, report)
     model.to(torch.bfloat16).save_pretrained(options.folder)
-    reader.save_pretrained(options.folder)
+    processor().save_pretrained(options.folder)  # a used one would store its last padding
     shipped = AutoModelForImageTextToText.from_pretrained(options.folder, dtype=torch.float32).eval()
     reader = AutoProcessor.from_pretrained(options.folder)
     print(sum(weight.numel() for weight in shipped.parameters()), "parameters")
