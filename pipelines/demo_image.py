@@ -3,22 +3,18 @@
 Writes before_after.png, curve.png, summary.json and the aligned weights beside the run's own files.
 """
 
-import json
-import time
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from mmgrpo import journal
 from mmgrpo.evaluation import held_out_samples, means
-from mmgrpo.recipe import load
-from mmgrpo.run import Run, start
+from mmgrpo.run import Run
 from mmgrpo.scoring import score
-from mmgrpo.trainer import begin
 from mmgrpo.types import Samples
-from pipelines import assets, pictures
+from pipelines import assets, demos, pictures
+from pipelines.demos import points
 
 SHOWN = 2  # samples of every held-out prompt in the picture
 
@@ -26,22 +22,17 @@ SHOWN = 2  # samples of every held-out prompt in the picture
 def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     """Align, evaluate on held-out prompts before and after, and write what a person would look at."""
     shipped = assets.folder("image_demo")
-    places = [
-        f"seed={seed}",
-        f"policy.model={json.dumps(str(shipped))}",
-        f"prompts.source={json.dumps(str(shipped / 'prompts' / 'train.jsonl'))}",
-        f"evaluation.source={json.dumps(str(shipped / 'prompts' / 'held_out.jsonl'))}",
-    ]
-    recipe = load(Path(str(files("pipelines") / "recipes" / "demo_image.toml")), [*places, *overrides])
-    training = start(recipe)
+    places = {
+        "policy.model": shipped,
+        "prompts.source": shipped / "prompts" / "train.jsonl",
+        "evaluation.source": shipped / "prompts" / "held_out.jsonl",
+    }
+    training = demos.started("demo_image", seed, places, overrides)
     before = generated(training)
     scores = means(training.rewards, before)
-    begun = time.perf_counter()
-    begin(training, folder)
-    seconds = time.perf_counter() - begun
+    took = demos.align(training, folder)
     with training.averaged():
         after = generated(training)
-        training.policy.save(folder / "aligned")
     reached = means(training.rewards, after)
     draw(training, folder, before, after)
     draw_curve(training, folder, scores)
@@ -50,21 +41,12 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
         "held_out_after": reached["exact"],
         "quality_before": scores["distance"],
         "quality_after": reached["distance"],
-        "seconds": training_seconds(folder),
-        "seconds_with_checks": seconds,
+        **took,
         "seed": seed,
         "iterations": training.iteration,
         "held_out_samples": len(after),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(summary))
-    print(f"before and after: {folder / 'before_after.png'}\ncurve: {folder / 'curve.png'}")
-
-
-def training_seconds(folder: Path) -> float:
-    """Seconds of rollouts, rewards and updates, without the check before training and the held-out curve."""
-    phases = ("seconds/rollout", "seconds/score", "seconds/update")
-    return sum(float(line[name] or 0) for line in journal.read(folder) for name in phases)
+    demos.conclude(folder, summary, {"before and after": "before_after.png", "curve": "curve.png"})
 
 
 def generated(training: Run) -> Samples:
@@ -97,11 +79,3 @@ def draw_curve(training: Run, folder: Path, scores: Mapping[str, float]) -> None
         "distance to a true rendering": {"held out": points(lines, "held_out/distance", scores["distance"])},
     }
     pictures.curve(panels).save(folder / "curve.png")
-
-
-def points(lines: Sequence[journal.Line], name: str, start: float | None = None) -> tuple[list[float], list[float]]:
-    """How many iterations were done when a metric was written, and its values; a start stands at 0."""
-    found = [(float(line["iteration"] or 0) + 1, line[name]) for line in lines if name in line]
-    known = [(at, float(value)) for at, value in found if value is not None]
-    known = known if start is None else [(0.0, start), *known]
-    return [at for at, _ in known], [value for _, value in known]

@@ -18,6 +18,7 @@ BORDER, GAP, TEXT, TITLE = 5, 14, 15, 22  # px
 COLOURS = ("#4575b4", "#d95f02", "#1b9e77", "#7570b3", "#666666")
 
 Points = tuple[Sequence[float], Sequence[float]]  # x and y of a line
+Line = tuple[str, bool | None]  # a text and whether it is right; None: neither
 
 
 def enlarge(image: Tensor, scale: int) -> Image.Image:
@@ -46,6 +47,26 @@ def tile(image: Tensor, caption: str, mark: bool | None, scale: int) -> Image.Im
     picture.paste(inner, (BORDER, BORDER))
     ImageDraw.Draw(picture).text((width / 2, height + 3), fit(caption, font, width), INK, font, anchor="ma")
     return picture
+
+
+def sheet(tiles: Sequence[tuple[Tensor, Sequence[Line]]], columns: int = 4, scale: int = 12) -> Image.Image:
+    """Enlarged images in rows of `columns`, each with its lines of text below, right ones green and wrong ones red."""
+    if not tiles:
+        raise ValueError("no tiles: there is nothing to draw")
+    font, most = ImageFont.load_default(TEXT), max(len(lines) for _, lines in tiles)
+    shown = [enlarge(image, scale) for image, _ in tiles]
+    width, height = (max(size) for size in zip(*(image.size for image in shown), strict=True))
+    step = width + GAP, height + most * (TEXT + 4) + GAP
+    across = min(columns, len(tiles))
+    page = Image.new("RGB", (across * step[0] + GAP, -(-len(tiles) // across) * step[1] + GAP), PAPER)
+    for place, (image, (_, lines)) in enumerate(zip(shown, tiles, strict=True)):
+        left, top = GAP + place % across * step[0], GAP + place // across * step[1]
+        page.paste(image, (left, top))
+        for row, (text, right) in enumerate(lines):
+            at = (left + width / 2, top + height + 2 + row * (TEXT + 4))
+            ink = {None: INK, True: GOOD, False: BAD}[right]
+            ImageDraw.Draw(page).text(at, fit(text, font, width), ink, font, anchor="ma")
+    return page
 
 
 def grid(
