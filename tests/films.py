@@ -1,4 +1,4 @@
-"""Small MP4 files for tests, written as they are asked for."""
+"""Small video files for tests, written as they are asked for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +7,14 @@ import cv2
 import numpy as np
 
 
-def film(path: Path, frames: Sequence[np.ndarray], rate: float = 8.0) -> Path:
-    """The file, which now holds the frames, each (H, W, 3) uint8 RGB, at `rate` of them a second."""
+def film(path: Path, frames: Sequence[np.ndarray], rate: float = 8.0, codec: str = "mp4v") -> Path:
+    """The file, which now holds the frames, each (H, W, 3) uint8 RGB, at `rate` of them a second.
+
+    With the codec MJPG, in an AVI file, no frame depends on another. Rows of fewer than 64 pixels may be padded by the
+    decoder, which decord then refuses; 32 and 64 are not.
+    """
     height, width = frames[0].shape[:2]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, (width, height))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), rate, (width, height))
     assert writer.isOpened(), path
     for frame in frames:
         writer.write(np.ascontiguousarray(frame[..., ::-1]))  # OpenCV's order is BGR
