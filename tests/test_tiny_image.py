@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 
 from mmgrpo.seeds import normal
 from mmgrpo.types import Batch, Prompt, Samples
-from pipelines.pictures import BAD, BORDER, GAP, GOOD, before_after, curve, grid
+from pipelines.pictures import BAD, BORDER, GAP, GOOD, before_after, curve, grid, sheet
 from pipelines.tiny_image import TinyImagePipeline, WordEncoder
 from rewards.shapes import rendering_distance, shape_accuracy
 
@@ -179,6 +179,18 @@ def test_before_and_after_stand_side_by_side():
 def test_a_grid_with_too_few_captions_or_marks_is_refused(captions, marks):
     with pytest.raises(ValueError, match="for 2 images"):
         grid(torch.zeros(2, 3, 16, 16), captions, marks)
+
+
+def test_a_sheet_has_every_picture_and_colours_right_and_wrong_lines():
+    image = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    lines = [("how many?", None), ("before: 2", False), ("after: 3", True)]
+    page = np.asarray(sheet([(image, lines), (image, lines[:1])], columns=2, scale=40))
+    inside = page[GAP + 20 : GAP + 160 : 40, GAP + 20 : GAP + 160 : 40]
+    np.testing.assert_array_equal(inside, (image * 255).round().byte().permute(1, 2, 0).numpy())
+    for colour in (GOOD, BAD):
+        assert (page == ImageColor.getrgb(colour)).all(2).sum() > 20
+    with pytest.raises(ValueError, match="no tiles"):
+        sheet([])
 
 
 def test_a_curve_is_drawn_in_the_colour_of_its_line():

@@ -68,10 +68,9 @@ def test_every_module_of_the_wheel_imports(wheel: Path, python: Path, tmp_path: 
 def test_the_wheel_holds_the_recipes_and_the_demos_files(wheel: Path) -> None:
     packed = set(ZipFile(wheel).namelist())
     recipes = {f"pipelines/recipes/{path.name}" for path in (ROOT / "pipelines" / "recipes").glob("*.toml")}
-    assets = ROOT / "assets" / "image_demo"
-    shipped = {
-        f"pipelines/shipped/image_demo/{path.relative_to(assets)}" for path in assets.rglob("*") if path.is_file()
-    }
+    assets = ROOT / "assets"
+    files = [path for demo in ("image_demo", "vlm_demo") for path in (assets / demo).rglob("*") if path.is_file()]
+    shipped = {f"pipelines/shipped/{path.relative_to(assets)}" for path in files}
     assert recipes | shipped <= packed
     assert recipes
 
