@@ -128,7 +128,7 @@ class Answers:
                 return write_by_library(self.model, inputs, writer, self.never, self.reader.tokenizer)
             firsts, rows = shared_prompts(batch.group)
             prompt = prefix.encode(self.model, collated([encoded[row] for row in firsts], self.pad, device))
-            return write(self.model, self.logits, prefix.repeat(prompt, rows.to(device)), writer)
+            return write(self.model, self.logits, prefix.with_room(prompt, rows.to(device), steps), writer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V) float32, outside of autocast."""

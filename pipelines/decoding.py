@@ -79,7 +79,7 @@ class Writer:
 
 @torch.no_grad()
 def write(model: PreTrainedModel, logits: Callable[[Tensor], Tensor], prompt: Prefix, writer: Writer) -> Written:
-    """Continue every row of a repeated prompt until all have ended; ended rows leave the batch once half have."""
+    """Continue every row of a prompt `with_room` until all have ended; ended rows leave the batch once half have."""
     last, going = prompt.last, torch.ones(len(prompt.last), dtype=torch.bool, device=prompt.last.device)
     while True:
         token = torch.zeros(len(going), dtype=torch.int64, device=going.device)
@@ -88,7 +88,8 @@ def write(model: PreTrainedModel, logits: Callable[[Tensor], Tensor], prompt: Pr
         if writer.done:
             return writer.written
         if 2 * int(going.sum()) <= len(going):
-            prompt, token = prefix.repeat(prompt, going.nonzero().flatten()), token[going]
+            left = writer.sampling.max_new_tokens - writer.step
+            prompt, token = prefix.with_room(prompt, going.nonzero().flatten(), left), token[going]
             going = going[going]
         hidden, prompt = prefix.read_on(model, prompt, token.unsqueeze(1))
         last = hidden[:, -1]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 Inputs = Mapping[str, Tensor]
@@ -73,6 +74,42 @@ def repeat(prefix: Prefix, rows: Tensor) -> Prefix:
     prefix.cache.batch_select_indices(rows)
     inputs = {name: selected(name, value, rows) for name, value in prefix.inputs.items()}
     return Prefix(prefix.cache, inputs, prefix.last[rows])
+
+
+class Room(DynamicLayer):
+    """Keys and values of one layer in a buffer that has room for the answers, so that nothing is copied as they grow."""
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.count = keys.shape[2]
+        self.buffers = [
+            states.new_empty(len(rows), states.shape[1], self.count + room, states.shape[3])
+            for states in (keys, values)
+        ]
+        for buffer, states in zip(self.buffers, (keys, values), strict=True):
+            torch.index_select(states, 0, rows, out=buffer[:, :, : self.count])
+        self.keys, self.values = (buffer[:, :, : self.count] for buffer in self.buffers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **options: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append; (B, heads, T, head dimension) each -> all so far."""
+        start, self.count = self.count, self.count + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.count] = states
+        self.keys, self.values = (buffer[:, :, : self.count] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def with_room(prefix: Prefix, rows: Tensor, room: int) -> Prefix:
+    """`repeat` for writing `room` further tokens without gradient; the cache is another one."""
+    cache = DynamicCache()
+    cache.layers = [
+        Room(old.keys, old.values, rows, room) if old.is_initialized else old for old in prefix.cache.layers
+    ]
+    inputs = {name: selected(name, value, rows) for name, value in prefix.inputs.items()}
+    return Prefix(cache, inputs, prefix.last[rows])
 
 
 def selected(name: str, value: Tensor, rows: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from mmgrpo import seeds
 
-LEAST = -700.0  # a log-prob whose exponential is 0 in float64
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -78,11 +76,11 @@ def uniforms(seed: int, samples: Sequence[int], steps: int) -> Tensor:
 
 def draw(log_prob: Tensor, uniform: Tensor) -> Tensor:
     """Tokens by inversion of the distribution function; (n, V) log-probs, (n,) in [0, 1) -> (n,) int64."""
-    reached = log_prob.double().exp().cumsum(1)  # (n, V)
-    token = torch.searchsorted(reached, uniform.unsqueeze(1) * reached[:, -1:], right=True).squeeze(1)
-    possible = log_prob.flip(1) > LEAST
-    last = log_prob.shape[1] - 1 - possible.int().argmax(1)  # rounding may lead past the last possible token
-    return torch.minimum(token, last)
+    reached = log_prob.exp().cumsum(1, dtype=torch.float64)  # (n, V)
+    total = reached[:, -1:].contiguous()
+    token = torch.searchsorted(reached, uniform.unsqueeze(1) * total, right=True)
+    last = torch.searchsorted(reached, total)  # rounding may lead past the last possible token
+    return torch.minimum(token, last).squeeze(1)
 
 
 @dataclass(frozen=True)

@@ -82,15 +82,37 @@ def unpacked(support: Tensor, vocabulary: int) -> Tensor:
     return bits.flatten(1)[:, :vocabulary].bool()
 
 
-def _restricted(values: Tensor, support: Tensor | None) -> Tensor:
-    return values if support is None else values.masked_fill(~unpacked(support, values.shape[1]), -torch.inf)
-
-
 def _at_once(head: Head, hidden: Tensor, token: Tensor, temperature: float, support: Tensor | None) -> Scores:
-    z = _restricted(logits(head, hidden) / temperature, support)  # (N, V)
-    log_prob = z - z.logsumexp(1, keepdim=True)
-    known = log_prob if support is None else log_prob.masked_fill(log_prob.isneginf(), 0)  # 0 log 0 = 0
-    return Scores(log_prob.gather(1, token.unsqueeze(1)).squeeze(1), -(log_prob.exp() * known).sum(1))
+    z = logits(head, hidden)  # (N, V)
+    if temperature != 1:
+        z = z / temperature
+    if support is not None:
+        z = z.masked_fill(~unpacked(support, z.shape[1]), NEVER)
+    return Scores(*_Whole.apply(z, token))
+
+
+class _Whole(torch.autograd.Function):
+    """Log-prob of the tokens and entropy of softmax(z); keeps one (N, V) tensor for backward, where plain autograd keeps three."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob = z.log_softmax(1)
+        entropy = -torch.linalg.vecdot(log_prob.exp(), log_prob, dim=1)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(log_prob, token, entropy)
+        return log_prob.gather(1, token.unsqueeze(1)).squeeze(1), entropy
+
+    @staticmethod
+    def backward(ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor, None]:
+        log_prob, token, entropy = ctx.saved_tensors
+        by_own = torch.zeros_like(entropy) if by_log_prob is None else by_log_prob
+        slope = log_prob.exp()
+        if by_entropy is None:
+            slope.mul_(-by_own.unsqueeze(1))
+        else:
+            surprise = (log_prob + entropy.unsqueeze(1)).mul_(by_entropy.unsqueeze(1))
+            slope.mul_(surprise.add_(by_own.unsqueeze(1)).neg_())
+        return slope.scatter_add_(1, token.unsqueeze(1), by_own.unsqueeze(1)), None
 
 
 class _Blocks(torch.autograd.Function):
@@ -171,7 +193,7 @@ def _summed(
         inside = (token >= part.start) & (token < part.stop)
         place = (token - part.start).clamp(0, z.shape[1] - 1).unsqueeze(1)
         chosen = torch.where(inside, z.gather(1, place).squeeze(1), chosen)
-        allowed = z if kept is None else z.masked_fill(~kept[:, part], -torch.inf)
+        allowed = z if kept is None else z.masked_fill(~kept[:, part], NEVER)
         higher = torch.maximum(top, allowed.amax(1))
         base = higher.clamp(min=torch.finfo(torch.float32).min)  # nothing kept so far: e^-inf, not e^nan
         shrink, raised = (top - base).exp(), (allowed - base.unsqueeze(1)).exp()

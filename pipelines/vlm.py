@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
-from pipelines import answers_check, weights
+from pipelines import answers_check, patches, weights
 from pipelines.answers import Answers, Options
 from pipelines.conversation import Processor, Reader, Reading
 from pipelines.decoding import Written
@@ -66,6 +66,7 @@ class LanguagePolicy:
         """
         self.answers.reader.check(prompts)
         self.model.eval()  # dropout would turn the ratio into noise
+        patches.as_products(self.model)
         self.notes.append(self._make_trainable())
         self.answers.find_head(prompts[0])
         self.notes.append(answers_check.share(self.answers, prompts))
