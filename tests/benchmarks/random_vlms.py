@@ -107,10 +107,10 @@ def reading(size: Size) -> Built:
     return Built(fresh(Qwen3ForCausalLM, config), tokens)
 
 
-def policy(built: Built, new_tokens: int) -> LanguagePolicy:
+def policy(built: Built, new_tokens: int, replay_tokens: int) -> LanguagePolicy:
     """The model as a policy that trains all of it."""
-    reader = Reader(built.processor, built.model, Reading())
-    return LanguagePolicy(Answers(built.model, reader, Sampling(new_tokens), Options()), built.processor, vision=True)
+    reader, options = Reader(built.processor, built.model, Reading()), Options(replay_tokens=replay_tokens)
+    return LanguagePolicy(Answers(built.model, reader, Sampling(new_tokens), options), built.processor, vision=True)
 
 
 def prompts(built: Built, size: Size, length: int, count: int, folder: Path) -> list[Prompt]:
