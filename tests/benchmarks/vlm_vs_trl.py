@@ -11,8 +11,8 @@ The same on both sides: on-policy (one update a rollout), clip 0.2, no KL, mean 
 (`loss_type="grpo"`), temperature 1 without truncation, advantages by the group's standard deviation, AdamW (fused), gradient
 norm 1, no dropout, no gradient checkpointing, no autocast (TRL's default is bfloat16). Answers have exactly S tokens: the end
 token is not in the model's vocabulary. TRL logs, saves and evaluates nothing. It updates from all P * G samples at once, or
-from `--samples-at-once`, whose gradients it accumulates: on a CPU 1 is its fastest and takes least memory. Ours reads
-`--replay-tokens` at once, by default both groups.
+from `--samples-at-once`, whose gradients it accumulates; 1 takes least memory, and on a CPU about the same time. Ours reads
+`--replay-tokens` at once, by default both groups; L + S * G is one of them.
 What costs TRL most: every sample's prompt and picture are read again, in `generate` and in the loss, and on a CPU its loss
 computes the logits of the prompts' tokens too. What `generate` never samples, the mark of a picture, its loss still counts
 among the tokens that could have been; ours does not. For the comparison of loss and gradient ours counts them too.
