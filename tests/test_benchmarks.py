@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-from benchmarks import policy_overhead, replay_batching, scaling, update_memory
+from benchmarks import policy_overhead, replay_batching, scaling, update_memory, vlm_vs_trl
 
 ABOUT = {"benchmark", "device", "dtype", "parameters", "trained_parameters", "rows", "memory/resident_bytes"}
 RATES = {"images_per_second", "tflops", "matrix_share"}
@@ -52,3 +52,16 @@ def test_the_memory_of_an_update_is_measured_at_every_size(last_line):
     assert [(point["samples"], point["decisions"]) for point in found["points"]] == [(2, 2), (4, 2), (2, 3), (4, 3)]
     gradients = 4 * found["trained_parameters"]  # float32
     assert all(point["peak_bytes"] > gradients for point in found["points"])
+
+
+@pytest.mark.parametrize("text", [(), ("--text",)], ids=["pictures", "text"])
+def test_a_step_and_its_update_are_set_against_those_of_trl(last_line, text):
+    shape = ("--prompt-tokens", "60", "--new-tokens", "6", "--group-size", "4", "--samples-at-once", "4")
+    found = last_line(vlm_vs_trl, *shape, "--pairs", "2", *text)
+    for part in ("step", "update"):
+        low, middle, high = found[part]["times_as_fast"]
+        assert 0 < low <= middle <= high
+        assert 0 < found[part]["peak_bytes"] < found[part]["trl_peak_bytes"]
+    assert found["step"]["seconds"] > found["update"]["seconds"]
+    assert found["step"]["trl_seconds"] > found["update"]["trl_seconds"]
+    assert max(case["gradient"] for case in found["difference"].values()) < 1e-4
