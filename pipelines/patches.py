@@ -17,7 +17,7 @@ def as_products(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, CONVOLUTIONS) and module.groups == 1 and module.padding == (0,) * len(module.kernel_size):
-            module.forward = functools.partial(product, module, module.forward)
+            module.forward = functools.partial(product, module, module.forward)  # type: ignore[method-assign]
 
 
 def product(module: nn.Conv2d | nn.Conv3d, convolution: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
