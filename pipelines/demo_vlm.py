@@ -47,6 +47,7 @@ class Answered(NamedTuple):
 
 def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     """Draw pictures, align, ask the held-out questions before and after, and write what a person would look at."""
+    torch.set_num_threads(1)  # for so small a model a second one costs more than it brings, much more on a busy machine
     drawn = {
         name: tiny_vlm.write_prompts(folder / "pictures", name, count, DRAWN_WITH) for name, count in QUESTIONS.items()
     }
