@@ -88,6 +88,8 @@ class Samples:
     video: Tensor | None = None  # (B, F, 3, H, W) float32 in [0, 1]
     audio: Tensor | None = None  # (B, C, N) float32 in [-1, 1]
     rate: int | None = None  # of the audio, Hz
+    reference_audio: Tensor | None = None  # (B, C, N) float32: what the audio should have been, at its rate
+    audio_length: Tensor | None = None  # (B,) int64 audio samples that count, the rest is padding; None: all N
     text: tuple[str, ...] | None = None  # B
     length: Tensor | None = None  # (B,) int64 tokens of the text, its end included
     finished: Tensor | None = None  # (B,) bool: the text ended by itself, not at the limit
@@ -102,8 +104,9 @@ class Samples:
     def take(self, rows: Tensor) -> "Samples":
         """The given rows of every field."""
         text = None if self.text is None else tuple(self.text[row] for row in rows.tolist())
-        media = {name: getattr(self, name) for name in ("image", "video", "audio", "length", "finished")}
-        taken = {name: tensor[consecutive(rows)] for name, tensor in media.items() if tensor is not None}
+        index = consecutive(rows)
+        values = ((item.name, getattr(self, item.name)) for item in fields(self))
+        taken: dict[str, Any] = {name: value[index] for name, value in values if isinstance(value, Tensor)}
         return replace(self, batch=self.batch.take(rows), text=text, **taken)
 
 
