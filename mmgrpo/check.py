@@ -12,6 +12,7 @@ from mmgrpo.objectives import clip_width, facts
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
 from mmgrpo.scoring import score
+from mmgrpo.teaching import learns
 from mmgrpo.types import Batch, Finding, Samples, Trajectory
 
 FEWEST = 2  # prompts that are tried
@@ -54,6 +55,8 @@ def require_sound(run: Run, folder: Path) -> None:
 def examine(run: Run) -> Report:
     """Everything that must hold at the start of a run."""
     findings = run.policy.self_test(run.prompts[:4])
+    if run.recipe.train.stage == "pretrain":
+        return Report((*findings, learns(run, probe(run)), updates_survive(run)))
     trajectory, samples = run.policy.rollout(probe(run))
     findings += [trained_decisions(trajectory), *objective_pulls(run, trajectory), updates_survive(run)]
     findings += rewards_are_sound(run, samples)

@@ -11,13 +11,18 @@ from mmgrpo.data import requests
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, load_weights, start
 from mmgrpo.scoring import score
-from mmgrpo.types import Policy, Prompt, Reward, Samples
+from mmgrpo.teaching import mean_loss
+from mmgrpo.types import Batch, Policy, Prompt, Reward, Samples
 
 
 def held_out_samples(policy: Policy, prompts: Sequence[Prompt], count: int, seed: int) -> Samples:
     """`count` samples of every prompt without exploration, from noise that depends on the run's seed alone."""
-    batch = requests(prompts, range(len(prompts)), group_size=count, seed=seeds.derive(seed, "evaluation"), iteration=0)
-    return policy.generate(batch)
+    return policy.generate(held_out_batch(prompts, count, seed))
+
+
+def held_out_batch(prompts: Sequence[Prompt], count: int, seed: int) -> Batch:
+    """The requests of an evaluation, the same each time."""
+    return requests(prompts, range(len(prompts)), group_size=count, seed=seeds.derive(seed, "evaluation"), iteration=0)
 
 
 def means(rewards: Mapping[str, Reward], samples: Samples) -> dict[str, float]:
@@ -27,11 +32,17 @@ def means(rewards: Mapping[str, Reward], samples: Samples) -> dict[str, float]:
 
 
 def held_out(run: Run) -> dict[str, float]:
-    """Mean rewards on the run's held-out prompts, under its averaged weights if it has any."""
-    options = run.recipe.evaluation
+    """Mean rewards on the run's held-out prompts, under its averaged weights if it has any.
+
+    In the stage "pretrain" the mean supervised loss as well, as "loss".
+    """
+    options, found = run.recipe.evaluation, {}
     with run.averaged():
-        samples = held_out_samples(run.policy, run.held_out, options.samples, run.recipe.seed)
-    return means(run.rewards, samples)
+        if run.recipe.train.stage == "pretrain":
+            found["loss"] = mean_loss(run.policy, held_out_batch(run.held_out, options.samples, run.recipe.seed))
+        if run.rewards:
+            found |= means(run.rewards, held_out_samples(run.policy, run.held_out, options.samples, run.recipe.seed))
+    return found
 
 
 @torch.no_grad()

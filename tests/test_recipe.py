@@ -229,7 +229,9 @@ MISTAKES = [
     ("policy.plan={size=3}", "demo.toml: policy.plan: {'size': 3} arrived; expected a table with 'build'"),
     ("policy={model='tiny'}", "demo.toml: policy.build: missing; expected 'module:function'"),
     ("policy.sampler.noise.x=1", "override 'policy.sampler.noise.x=1': policy.sampler.noise is 0.5; expected a table"),
-    ("rewards=[]", "demo.toml: rewards: [] arrived; expected at least one [[rewards]] table"),
+    ("rewards=[]", "demo.toml: rewards: missing, and it has no default"),
+    ("rewards={name='red'}", "arrived; expected [[rewards]] tables"),
+    ("train.stage=teach", "demo.toml: train.stage: 'teach' arrived"),
     (
         "rewards.bleu.weight=1",
         "rewards.bleu: no entry of that name; did you mean 'blue'?",
