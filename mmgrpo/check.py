@@ -123,9 +123,10 @@ def updates_survive(run: Run) -> Finding:
 
 def rewards_are_sound(run: Run, samples: Samples) -> list[Finding]:
     """Shuffled samples get shuffled scores, and the start has differences to learn from."""
-    scores = score(run.rewards, run.weights, samples)
+    asked = run.rewards | run.watched
+    scores = score(asked, run.weights, samples)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
-    shuffled = score(run.rewards, run.weights, samples.take(order))
+    shuffled = score(asked, run.weights, samples.take(order))
     findings = []
     for name, values in scores.rewards.items():
         same = torch.allclose(values[order], shuffled.rewards[name], rtol=1e-4, atol=1e-5, equal_nan=True)

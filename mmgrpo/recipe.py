@@ -51,6 +51,7 @@ class Reward:
     name: str  # unique; metrics and overrides use it
     component: Mapping[str, object]  # the table with `build`
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # in the total; 0 is watched but not trained on
+    held_out_only: bool = False  # asked about held-out samples alone, for what is too slow in training; needs weight 0
 
 
 @section
@@ -135,6 +136,7 @@ class Recipe:
     evaluation: Evaluation
 
 
+OWN = ("name", "weight", "held_out_only")  # keys of a reward's table that are not options of its component
 LOADER = "mmgrpo.data:load_prompts"
 DEFAULTS: dict[str, Table] = {
     "advantage": {"build": "mmgrpo.advantages:standardized"},
@@ -209,8 +211,8 @@ def _reward(table: object, where: str) -> Reward:
     if not isinstance(table, Mapping):
         raise RecipeError(f"{where}: {table!r} arrived; expected a table")
     named = join(where.rpartition(".")[0], table["name"]) if isinstance(table.get("name"), str) else where
-    component = complete({key: value for key, value in table.items() if key not in ("name", "weight")}, named)
-    own = {key: table[key] for key in ("name", "weight") if key in table}
+    component = complete({key: value for key, value in table.items() if key not in OWN}, named)
+    own = {key: table[key] for key in OWN if key in table}
     reward: Reward = typed(own | {"component": component}, Reward, named)
     return reward
 
@@ -224,6 +226,8 @@ def _refuse_contradictions(recipe: Recipe, where: str) -> None:
         "rewards": aligned
         and all(reward.weight == 0 for reward in recipe.rewards)
         and ("every weight is 0; expected one to train on" if recipe.rewards else "missing, and it has no default"),
+        "rewards.held_out_only": any(reward.held_out_only and reward.weight for reward in recipe.rewards)
+        and "true arrived with a weight; expected weight 0, training does not ask such a reward",
         "train.stage": not aligned
         and (train.rounds, train.passes, train.keep_share, loss.kl_weight) != (1, 1, 1.0, 0.0)
         and f"{train.stage!r} arrived with train.rounds, train.passes, train.keep_share or loss.kl_weight; expected "

@@ -41,15 +41,15 @@ def lesson(run: Run) -> dict[str, float]:
 
 def taught(run: Run, batch: Batch) -> dict[str, float]:
     """One optimizer update from the examples of a batch; raises NonFiniteError naming the samples."""
-    losses = torch.full((len(batch),), torch.nan)
+    found = torch.full((len(batch),), torch.nan)
 
-    def consume(rows: Tensor, found: Tensor) -> None:
-        losses[rows] = found.detach().float().cpu()
-        (found.sum() / len(batch)).backward()
+    def consume(rows: Tensor, values: Tensor) -> None:
+        found[rows] = values.detach().float().cpu()
+        (values.sum() / len(batch)).backward()
 
     teachable(run.policy).teach(batch, consume)
-    loss = float(losses.mean())
-    bad = batch.sample[~losses.isfinite()].tolist()
+    loss = float(found.mean())
+    bad = batch.sample[~found.isfinite()].tolist()
     if bad:
         raise NonFiniteError(f"the supervised loss is {loss}; sample ids {bad[:16]}")
     norm = clip_gradient(run)
@@ -58,24 +58,28 @@ def taught(run: Run, batch: Batch) -> dict[str, float]:
 
 
 @torch.no_grad()
-def mean_loss(policy: Policy, batch: Batch) -> float:
-    """The mean supervised loss over a batch, learning nothing."""
-    losses: list[Tensor] = []
-    teachable(policy).teach(batch, lambda rows, found: losses.append(found.detach().float().cpu()))
-    return float(torch.cat(losses).mean())
+def losses(policy: Policy, batch: Batch) -> Tensor:
+    """The supervised loss of every example, learning nothing; (B,)."""
+    found = torch.full((len(batch),), torch.nan)
+
+    def consume(rows: Tensor, values: Tensor) -> None:
+        found[rows] = values.float().cpu()
+
+    teachable(policy).teach(batch, consume)
+    return found
 
 
 def learns(run: Run, batch: Batch) -> Finding:
     """The supervised loss of a few examples is finite and moves the weights."""
-    losses: list[Tensor] = []
+    parts: list[Tensor] = []
 
-    def consume(rows: Tensor, found: Tensor) -> None:
-        losses.append(found.detach().float().cpu())
-        found.sum().backward()
+    def consume(rows: Tensor, values: Tensor) -> None:
+        parts.append(values.detach().float().cpu())
+        values.sum().backward()
 
     teachable(run.policy).teach(batch, consume)
     found = [value.grad.float().norm() for value in run.policy.trainable().values() if value.grad is not None]
     run.optimizer.zero_grad(set_to_none=True)
-    norm, loss = torch.stack(found).norm() if found else torch.zeros(()), torch.cat(losses).mean()
+    norm, loss = torch.stack(found).norm() if found else torch.zeros(()), torch.cat(parts).mean()
     sound = bool(norm > 0 and norm.isfinite() and loss.isfinite())
     return Finding(sound, "lesson", f"loss {float(loss):.4g}, gradient of norm {float(norm):.3e}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmgrpo import checkpoint, diagnostics
 from mmgrpo.check import require_sound
 from mmgrpo.descent import clip_gradient, step
-from mmgrpo.evaluation import held_out
+from mmgrpo.evaluation import look, remember, report
 from mmgrpo.gathering import gather
 from mmgrpo.improve import Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
@@ -53,15 +53,18 @@ def loop(run: Run, folder: Path) -> Run:
     options = run.recipe.train
     written = Journal(folder, resume_at=run.iteration, trackers=options.trackers)
     with written as journal, listening() as interrupts, progress() as bar:
+        if run.held_out and options.evaluate_every and run.iteration == 0:
+            remember(run, folder)
         task = bar.add_task(options.stage, total=options.iterations, completed=run.iteration, note="")
         while run.iteration < options.iterations:
             metrics = guarded_iteration(run, folder)
             if run.held_out and due(run, options.evaluate_every):
-                metrics |= {f"held_out/{name}": value for name, value in held_out(run).items()}
+                metrics |= look(run, folder)
             journal.write(run.iteration, metrics)
             bar.update(task, advance=1, note=note(metrics))
             run.iteration += 1
             stop_or_save(run, folder, interrupts)
+    report(folder)
     return run
 
 

@@ -273,6 +273,8 @@ def test_a_mistake_is_one_line_that_names_the_key(demo: Path, override: str, mes
         (["reference.kind=ema", "loss.kl_weight=0.1"], "reference.decay"),
         (["reference.decay=0.9"], "reference.decay"),
         (["rewards.blue.weight=0", "rewards.red.weight=0"], "rewards"),
+        (["rewards.blue.held_out_only=true"], "rewards.held_out_only"),
+        (["train.stage=pretrain", "train.rounds=2"], "train.stage"),
     ],
 )
 def test_a_combination_that_would_train_wrongly_is_refused(demo: Path, overrides: list[str], key: str) -> None:
