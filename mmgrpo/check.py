@@ -12,6 +12,7 @@ from mmgrpo.objectives import clip_width, facts
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
 from mmgrpo.scoring import score
+from mmgrpo.teaching import learns
 from mmgrpo.types import Batch, Finding, Samples, Trajectory
 
 FEWEST = 2  # prompts that are tried
@@ -54,6 +55,8 @@ def require_sound(run: Run, folder: Path) -> None:
 def examine(run: Run) -> Report:
     """Everything that must hold at the start of a run."""
     findings = run.policy.self_test(run.prompts[:4])
+    if run.recipe.train.stage == "pretrain":
+        return Report((*findings, learns(run, probe(run)), updates_survive(run)))
     trajectory, samples = run.policy.rollout(probe(run))
     findings += [trained_decisions(trajectory), *objective_pulls(run, trajectory), updates_survive(run)]
     findings += rewards_are_sound(run, samples)
@@ -120,9 +123,10 @@ def updates_survive(run: Run) -> Finding:
 
 def rewards_are_sound(run: Run, samples: Samples) -> list[Finding]:
     """Shuffled samples get shuffled scores, and the start has differences to learn from."""
-    scores = score(run.rewards, run.weights, samples)
+    asked = run.rewards | run.watched
+    scores = score(asked, run.weights, samples)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
-    shuffled = score(run.rewards, run.weights, samples.take(order))
+    shuffled = score(asked, run.weights, samples.take(order))
     findings = []
     for name, values in scores.rewards.items():
         same = torch.allclose(values[order], shuffled.rewards[name], rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -51,6 +51,7 @@ class Reward:
     name: str  # unique; metrics and overrides use it
     component: Mapping[str, object]  # the table with `build`
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0  # in the total; 0 is watched but not trained on
+    held_out_only: bool = False  # asked about held-out samples alone, for what is too slow in training; needs weight 0
 
 
 @section
@@ -103,6 +104,7 @@ class Train:
     iterations: Count  # rollouts in the run
     prompts: Count  # per iteration, over all ranks
     group_size: Count  # samples per prompt, at least 2
+    stage: Literal["align", "pretrain"] = "align"  # "pretrain": supervised, `group_size` examples of each prompt
     rounds: Count = (
         1  # rollouts at most, until `prompts` groups have differences to learn from (DAPO's dynamic sampling)
     )
@@ -134,6 +136,7 @@ class Recipe:
     evaluation: Evaluation
 
 
+OWN = ("name", "weight", "held_out_only")  # keys of a reward's table that are not options of its component
 LOADER = "mmgrpo.data:load_prompts"
 DEFAULTS: dict[str, Table] = {
     "advantage": {"build": "mmgrpo.advantages:standardized"},
@@ -150,7 +153,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     where = f"{path.name}: "
     sections = [item.name for item in fields(Recipe)]
     refuse_unknown(table, sections, where)
-    for key in ("policy", "prompts", "rewards", "optimizer", "train"):
+    for key in ("policy", "prompts", "optimizer", "train"):
         if key not in table:
             raise RecipeError(f"{where}{key}: missing, and it has no default")
     recipe = _recipe(table, where)
@@ -170,7 +173,7 @@ def _recipe(table: Table, where: str) -> Recipe:
         seed=part("seed", Natural) if "seed" in table else 0,
         policy=component("policy"),
         prompts=_with_options(table["prompts"], Prompts, where + "prompts"),
-        rewards=_rewards(table["rewards"], where + "rewards"),
+        rewards=_rewards(table.get("rewards", []), where + "rewards"),
         advantage=component("advantage"),
         objective=component("objective"),
         loss=part("loss", Loss),
@@ -194,15 +197,13 @@ def _with_options(table: object, kind: Any, where: str) -> Any:
 
 
 def _rewards(tables: object, where: str) -> tuple[Reward, ...]:
-    if not isinstance(tables, list) or not tables:
-        raise RecipeError(f"{where}: {tables!r} arrived; expected at least one [[rewards]] table")
+    if not isinstance(tables, list):
+        raise RecipeError(f"{where}: {tables!r} arrived; expected [[rewards]] tables")
     rewards = tuple(_reward(table, join(where, str(index))) for index, table in enumerate(tables))
     names = [reward.name for reward in rewards]
     for name in names:
         if names.count(name) > 1:
             raise RecipeError(f"{where}: two rewards are named {name!r}; expected a name for each")
-    if all(reward.weight == 0 for reward in rewards):
-        raise RecipeError(f"{where}: every weight is 0; expected one to train on")
     return rewards
 
 
@@ -210,8 +211,8 @@ def _reward(table: object, where: str) -> Reward:
     if not isinstance(table, Mapping):
         raise RecipeError(f"{where}: {table!r} arrived; expected a table")
     named = join(where.rpartition(".")[0], table["name"]) if isinstance(table.get("name"), str) else where
-    component = complete({key: value for key, value in table.items() if key not in ("name", "weight")}, named)
-    own = {key: table[key] for key in ("name", "weight") if key in table}
+    component = complete({key: value for key, value in table.items() if key not in OWN}, named)
+    own = {key: table[key] for key in OWN if key in table}
     reward: Reward = typed(own | {"component": component}, Reward, named)
     return reward
 
@@ -220,12 +221,24 @@ def _refuse_contradictions(recipe: Recipe, where: str) -> None:
     """Combinations whose parts are each valid but that would train wrongly, or not as the reader believes."""
     train, loss, reference = recipe.train, recipe.loss, recipe.reference
     kept = round(train.keep_share * train.group_size)
+    aligned = train.stage == "align"
     problems = {
-        "train.group_size": train.group_size < 2
+        "rewards": aligned
+        and all(reward.weight == 0 for reward in recipe.rewards)
+        and ("every weight is 0; expected one to train on" if recipe.rewards else "missing, and it has no default"),
+        "rewards.held_out_only": any(reward.held_out_only and reward.weight for reward in recipe.rewards)
+        and "true arrived with a weight; expected weight 0, training does not ask such a reward",
+        "train.stage": not aligned
+        and (train.rounds, train.passes, train.keep_share, loss.kl_weight) != (1, 1, 1.0, 0.0)
+        and f"{train.stage!r} arrived with train.rounds, train.passes, train.keep_share or loss.kl_weight; expected "
+        "none of these, they concern the stage 'align'",
+        "train.group_size": aligned
+        and train.group_size < 2
         and f"{train.group_size} arrived; expected at least 2, a sample is compared with others of its prompt",
         "train.updates": train.prompts % train.updates != 0
         and f"{train.updates} updates cannot share {train.prompts} prompts evenly; expected a divisor",
-        "train.keep_share": kept < 2
+        "train.keep_share": aligned
+        and kept < 2
         and f"keeps {kept} of {train.group_size} samples; expected at least a top and a bottom one",
         "train.evaluate_every": train.evaluate_every > 0
         and not recipe.evaluation.source

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +29,14 @@ class Run:
     policy: Policy
     prompts: list[Prompt]
     held_out: list[Prompt]
-    rewards: Mapping[str, Reward]
+    rewards: dict[str, Reward]
     compare: AdvantageFunction
     loss: Loss
     aggregate: Callable[..., Tensor]  # (B, S) mask, keep=(B,) -> (B, S) weights
     optimizer: torch.optim.Optimizer
     reference: Reference
     average: Shadow | None
+    watched: dict[str, Reward] = field(default_factory=dict)  # of the held-out samples alone
     iteration: int = 0  # the next one
     rollouts: int = 0  # so far: the position in the prompts
     updates: int = 0  # optimizer updates so far
@@ -82,7 +83,8 @@ def start(recipe: Recipe) -> Run:
         policy=policy,
         prompts=prompts,
         held_out=load_prompts(held_out.source, **held_out.options) if held_out.source else [],
-        rewards={reward.name: build(reward.component, f"rewards.{reward.name}") for reward in recipe.rewards},
+        rewards=built_rewards(recipe, held_out=False),
+        watched=built_rewards(recipe, held_out=True),
         compare=build(recipe.advantage, "advantage"),
         loss=Loss(build(recipe.objective, "objective"), KINDS[recipe.loss.kl], recipe.loss.kl_weight),
         aggregate=aggregation(recipe),
@@ -90,6 +92,12 @@ def start(recipe: Recipe) -> Run:
         reference=Reference(reference.kind, trainable, adapters_off=off, **decay),
         average=Shadow(trainable, torch.float32) if recipe.ema.decay else None,
     )
+
+
+def built_rewards(recipe: Recipe, held_out: bool) -> dict[str, Reward]:
+    """The rewards by name: those of every sample, or those of the held-out ones alone."""
+    chosen = [reward for reward in recipe.rewards if reward.held_out_only == held_out]
+    return {reward.name: build(reward.component, f"rewards.{reward.name}") for reward in chosen}
 
 
 def aggregation(recipe: Recipe) -> Callable[..., Tensor]:

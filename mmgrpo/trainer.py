@@ -1,15 +1,19 @@
-"""The loop: roll out, score, compare inside groups, improve, report. It knows no modality, reward or algorithm by name."""
+"""The loop: roll out, score, compare inside groups, improve, report. It knows no modality, reward or algorithm by name.
 
+A run of the stage "pretrain" has a supervised lesson (mmgrpo/teaching.py) in the place of the first four.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mmgrpo import checkpoint, diagnostics
 from mmgrpo.check import require_sound
-from mmgrpo.evaluation import held_out
+from mmgrpo.descent import clip_gradient, step
+from mmgrpo.evaluation import look, remember, report
 from mmgrpo.gathering import gather
 from mmgrpo.improve import Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
@@ -17,6 +21,7 @@ from mmgrpo.journal import Journal, Stopwatch, peak_memory
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
 from mmgrpo.selection import extremes, minibatches
+from mmgrpo.teaching import lesson
 from mmgrpo.types import Advantage, Trajectory
 
 
@@ -48,15 +53,18 @@ def loop(run: Run, folder: Path) -> Run:
     options = run.recipe.train
     written = Journal(folder, resume_at=run.iteration, trackers=options.trackers)
     with written as journal, listening() as interrupts, progress() as bar:
-        task = bar.add_task("align", total=options.iterations, completed=run.iteration, note="")
+        if run.held_out and options.evaluate_every and run.iteration == 0:
+            remember(run, folder)
+        task = bar.add_task(options.stage, total=options.iterations, completed=run.iteration, note="")
         while run.iteration < options.iterations:
             metrics = guarded_iteration(run, folder)
             if run.held_out and due(run, options.evaluate_every):
-                metrics |= {f"held_out/{name}": value for name, value in held_out(run).items()}
+                metrics |= look(run, folder)
             journal.write(run.iteration, metrics)
-            bar.update(task, advance=1, note=f"reward {metrics['reward/total/mean']:.3f}")
+            bar.update(task, advance=1, note=note(metrics))
             run.iteration += 1
             stop_or_save(run, folder, interrupts)
+    report(folder)
     return run
 
 
@@ -79,7 +87,7 @@ def stop_or_save(run: Run, folder: Path, interrupts: Interrupts) -> None:
 def guarded_iteration(run: Run, folder: Path) -> dict[str, float]:
     """An iteration whose failure is saved beside the run's checkpoints, not as one of them."""
     try:
-        return iteration(run)
+        return STAGES[run.recipe.train.stage](run)
     except NonFiniteError as error:
         path = save(run, folder / "failure")
         raise NonFiniteError(f"iteration {run.iteration}: {error}; the state is saved in {path}") from error
@@ -147,28 +155,6 @@ def update(run: Run, trajectory: Trajectory, advantages: Tensor, part: Part, fre
     return summary(measured, chosen, norm, run)
 
 
-def clip_gradient(run: Run) -> float:
-    """Scale the gradient down to the recipe's norm; -> its norm before; raises NonFiniteError naming a parameter."""
-    parameters = run.policy.trainable()
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), run.recipe.optimizer.max_grad_norm)
-    if not torch.isfinite(norm):
-        bad = [name for name, value in parameters.items() if value.grad is not None and not value.grad.isfinite().all()]
-        raise NonFiniteError(f"the gradient of {bad[0]!r} is not finite ({len(bad)} parameters in all)")
-    return float(norm)
-
-
-def step(run: Run) -> None:
-    """One optimizer update; averages follow once per update."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.learning_rate()
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.updates += 1
-    run.reference.after_update()
-    if run.average is not None:
-        run.average.follow(run.recipe.ema.decay)
-
-
 def summary(measured: Measured, part: Trajectory, norm: float, run: Run) -> dict[str, float]:
     """What one update showed, by name."""
     plain = {
@@ -179,6 +165,15 @@ def summary(measured: Measured, part: Trajectory, norm: float, run: Run) -> dict
     }
     moved = diagnostics.decisions(measured.values, measured.slope, part.mask)
     return plain | {f"update/{name}": value for name, value in moved.items()}
+
+
+STAGES = {"align": iteration, "pretrain": lesson}
+
+
+def note(metrics: Mapping[str, float]) -> str:
+    """What the bar shows beside the count."""
+    rewarded = metrics.get("reward/total/mean")
+    return f"loss {metrics['teach/loss']:.4g}" if rewarded is None else f"reward {rewarded:.3f}"
 
 
 def progress() -> Progress:

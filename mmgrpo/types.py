@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -211,6 +211,9 @@ Reward = Callable[[Samples], Tensor | Mapping[str, Tensor]]  # (B,), or named co
 AdvantageFunction = Callable[[Feedback], Advantage]
 
 
+Lesson = Callable[[Tensor, Tensor], None]  # (b,) int64 rows of a batch, (b,) their supervised losses with gradient
+
+
 class Finding(NamedTuple):
     """One line of a check."""
 
@@ -262,6 +265,15 @@ class Policy(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the weights in the format of the policy's own library."""
+        ...
+
+
+@runtime_checkable
+class Teachable(Protocol):
+    """A policy that also learns from data: supervised, for those who have no trained weights to align."""
+
+    def teach(self, batch: Batch, consume: Lesson) -> None:
+        """The supervised loss of each row, chunk by chunk; `consume` may run backward, then the graph is freed."""
         ...
 
 

@@ -229,7 +229,9 @@ MISTAKES = [
     ("policy.plan={size=3}", "demo.toml: policy.plan: {'size': 3} arrived; expected a table with 'build'"),
     ("policy={model='tiny'}", "demo.toml: policy.build: missing; expected 'module:function'"),
     ("policy.sampler.noise.x=1", "override 'policy.sampler.noise.x=1': policy.sampler.noise is 0.5; expected a table"),
-    ("rewards=[]", "demo.toml: rewards: [] arrived; expected at least one [[rewards]] table"),
+    ("rewards=[]", "demo.toml: rewards: missing, and it has no default"),
+    ("rewards={name='red'}", "arrived; expected [[rewards]] tables"),
+    ("train.stage=teach", "demo.toml: train.stage: 'teach' arrived"),
     (
         "rewards.bleu.weight=1",
         "rewards.bleu: no entry of that name; did you mean 'blue'?",
@@ -271,6 +273,8 @@ def test_a_mistake_is_one_line_that_names_the_key(demo: Path, override: str, mes
         (["reference.kind=ema", "loss.kl_weight=0.1"], "reference.decay"),
         (["reference.decay=0.9"], "reference.decay"),
         (["rewards.blue.weight=0", "rewards.red.weight=0"], "rewards"),
+        (["rewards.blue.held_out_only=true"], "rewards.held_out_only"),
+        (["train.stage=pretrain", "train.rounds=2"], "train.stage"),
     ],
 )
 def test_a_combination_that_would_train_wrongly_is_refused(demo: Path, overrides: list[str], key: str) -> None:
