@@ -1,7 +1,7 @@
 """Clean recordings and what was heard of them: read, resampled, cut, mixed with noise and rooms on the fly.
 
 Everything random comes from one seed per pair, so a pair can be made again at any time and on any machine with the same files.
-Axes: N samples of a recording; waveforms are float32, mono, about [-1, 1].
+Axes: B samples of a batch, N samples of a recording; waveforms are float32, mono, about [-1, 1].
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from typing import NamedTuple
 import soundfile
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import fftconvolve, resample
 
 from mmgrpo import seeds
-from mmgrpo.types import Prompt, same_shape
+from mmgrpo.types import Batch, Prompt, same_shape
 
 ENDINGS = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".rf64", ".w64"))
 SILENCE = 1e-4  # peak below which a recording, or a stretch of it, counts as silent (-80 dB)
@@ -77,6 +78,33 @@ def read(path: Path, rate: int) -> Tensor:
     values, own = soundfile.read(path, dtype="float32", always_2d=True)
     mono = torch.from_numpy(values).mean(1)
     return mono if own == rate else resample(mono, own, rate)
+
+
+class Heard(NamedTuple):
+    """The recordings of a batch; padded with zeros at the end."""
+
+    clean: Tensor  # (B, N)
+    noisy: Tensor  # (B, N)
+    length: Tensor  # (B,) int64 samples
+
+
+def hear(batch: Batch, mixing: Mixing) -> Heard:
+    """The pair of each row, from the run's seed and the row's group: all samples of a group hear the same."""
+    pairs: dict[int, Pair] = {}
+    groups = batch.group.tolist()
+    for prompt, group in zip(batch.prompts, groups, strict=True):
+        if group not in pairs:
+            pairs[group] = pair(prompt, mixing, seeds.derive(batch.seed, "mixture", group))
+    clean, noisy = [pairs[group].clean for group in groups], [pairs[group].noisy for group in groups]
+    length = torch.tensor([len(one) for one in clean])
+    return Heard(pad_sequence(clean, batch_first=True), pad_sequence(noisy, batch_first=True), length)
+
+
+def length(prompt: Prompt, mixing: Mixing) -> int:
+    """Samples of the prompt's pair, from the head of its file."""
+    found = soundfile.info(prompt.media["clean"][0])
+    whole = -(-found.frames * mixing.rate // found.samplerate)
+    return whole if mixing.longest is None else min(whole, mixing.longest)
 
 
 def pair(prompt: Prompt, mixing: Mixing, seed: int) -> Pair:

@@ -28,7 +28,7 @@ def check(prompts: Sequence[Prompt], mixing: Mixing, clipped: float) -> None:
     )
     limits = {path: 1.0 for path in (*noisy, *mixing.rooms)} | {path: clipped for path in (*clean, *mixing.noises)}
     with ThreadPoolExecutor(READERS) as pool:
-        flaws = pool.map(lambda item: file_flaws(*item, mixing), limits.items())
+        flaws = pool.map(lambda path: file_flaws(path, limits[path], mixing), limits)
         named += [f"{path}: {flaw}" for path, found in zip(limits, flaws, strict=True) for flaw in found]
     if not named:
         named = [line for prompt in prompts for line in length_flaws(prompt)]
