@@ -20,7 +20,7 @@ from mmgrpo import seeds
 from mmgrpo.schedules import Plan
 from mmgrpo.toml import nearest
 from mmgrpo.transitions import Gaussian, flow_sde, log_ratio
-from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
+from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Lesson, Prompt, Reference, Samples, Trajectory
 from pipelines import decisions, recordings, speech_check, speech_models
 from pipelines.recordings import Heard, Mixing, hear
 from pipelines.recordings_check import check
@@ -198,17 +198,15 @@ class SpeechPolicy:
 
     # -- training -----------------------------------------------------------------------------------------------
 
-    def teach(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Flow-matching losses of the given rows, with gradient; time and noise follow from their sample ids; -> (b,)."""
-        part = batch.take(rows)
-        heard, losses = hear(part, self.mixing), torch.zeros(len(part), device=self.steps.device)
-        for places in calls(heard.length, len(part)):
-            length, ids = int(heard.length[places[0]]), part.sample[places].tolist()
-            clean, noisy = (wave[places, :length].to(losses.device) for wave in (heard.clean, heard.noisy))
-            t = torch.stack([uniform(seeds.derive(part.seed, one, "teach", "time")) for one in ids]).to(losses)
-            eps = fresh_noise(part.seed, ids, "teach", self.steps.latent(length)).to(losses)
-            losses = losses.index_put((places,), matching_loss(self.steps.precise, clean, noisy, t, eps).to(losses))
-        return losses
+    def teach(self, batch: Batch, consume: Lesson) -> None:
+        """The flow-matching loss of each row, a few at a time; time and noise follow from the sample ids."""
+        heard = hear(batch, self.mixing)
+        for rows in calls(heard.length, self.options.replay_rows):
+            length, ids = int(heard.length[rows[0]]), batch.sample[rows].tolist()
+            clean, noisy = (wave[rows, :length].to(self.steps.device) for wave in (heard.clean, heard.noisy))
+            t = torch.stack([uniform(seeds.derive(batch.seed, one, "teach", "time")) for one in ids]).to(clean)
+            eps = fresh_noise(batch.seed, ids, "teach", self.steps.latent(length)).to(clean)
+            consume(rows, matching_loss(self.steps.precise, clean, noisy, t, eps))
 
     def trainable(self) -> dict[str, Parameter]:
         """The parameters that training changes, by name."""
