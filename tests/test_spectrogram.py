@@ -110,7 +110,8 @@ def test_the_noisy_recordings_own_latent_decodes_to_it(representation, samples):
 
 @EVERY
 def test_shapes_are_those_that_channels_promise_and_rows_do_not_meet(representation):
-    clean, noisy = speech(3001, 0, 3), speech(3001, 1, 3)
+    loudness = torch.tensor([[1.0], [1e-3], [1.0]])
+    clean, noisy = speech(3001, 0, 3) * loudness, speech(3001, 1, 3) * loudness
     latent, condition, bands = representation.channels()
     x0, seen = representation.encode(clean, noisy), representation.condition(noisy)
     assert x0.shape == (3, latent, bands, x0.shape[3]) == representation.centre(noisy).shape

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipelines.spectrogram_networks import Transformer, UNet, joined, padded, patches, rotated
-from pipelines.speech_networks import REACH, BandGainNetwork, mixed, mixed_channels, velocity
+from pipelines.speech_networks import REACH, BandGainNetwork, DilatedBlock, mixed, mixed_channels, velocity
 from pipelines.speech_representations import BandGains
 
 COMPLEX, GAINS = (2, 2, 13), (1, 3, 5)  # channels whose bands no patch and no halving divides
@@ -94,6 +94,20 @@ def test_inputs_that_do_not_fit_are_refused(name):
 def test_the_band_gain_network_has_about_half_a_million_parameters():
     built = BandGainNetwork(BandGains().channels())
     assert 500_000 < sum(parameter.numel() for parameter in built.parameters()) < 700_000
+
+
+@pytest.mark.parametrize("dilation", [1, 4])
+def test_a_dilated_block_is_a_convolution_over_frames(dilation):
+    torch.manual_seed(0)
+    block, convolution = DilatedBlock(8, dilation, 4), nn.Conv1d(8, 8, 3, padding=dilation, dilation=dilation)
+    with torch.no_grad():
+        convolution.weight.copy_(block.wide.weight.unflatten(1, (3, 8)).transpose(1, 2))
+        convolution.bias.copy_(block.wide.bias)
+    x, time = torch.randn(2, 6, 8), torch.randn(2, 4)
+    scale, shift = block.film(time)[:, None].chunk(2, 2)
+    inner = nn.functional.silu(nn.functional.layer_norm(x, (8,)) * (1 + scale) + shift)
+    around = nn.functional.silu(convolution(inner.transpose(1, 2))).transpose(1, 2)
+    torch.testing.assert_close(block(x, time), x + block.narrow(around))
 
 
 def test_the_velocity_is_exact_for_the_clean_latent_less_a_little_velocity():
