@@ -17,7 +17,7 @@ from mmgrpo.schedules import all_but_last, listed
 from mmgrpo.shadow import Reference
 from mmgrpo.transitions import cps, dance_sde, ddim, flow_sde
 from mmgrpo.types import Batch, Chunk, Prompt, Trajectory
-from pipelines import replays, speech_models
+from pipelines import replays
 from pipelines.recordings import Mixing
 from pipelines.speech import SpeechPolicy, load
 from pipelines.speech_flow import enhance, matching_loss
@@ -28,6 +28,15 @@ S = 5
 EVERY = partial(all_but_last)
 SAMPLERS = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps, "ddim": partial(ddim, eta=0.5)}
 each_model = pytest.mark.parametrize("name", MODELS)
+each_precision = pytest.mark.parametrize(
+    ("name", "autocast"),
+    [
+        *((name, None) for name in MODELS),
+        ("band gains", torch.bfloat16),
+        *(pytest.param(name, torch.bfloat16, marks=pytest.mark.slow) for name in ("unet", "transformer")),
+    ],
+    ids=str,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +85,17 @@ def whole(trajectory: Trajectory) -> list[Tensor]:
     return [torch.arange(len(trajectory))]
 
 
-@each_model
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@each_precision
 def test_on_policy_log_ratios_are_exactly_0_for_recordings_of_any_lengths(name, autocast, prompts, folder) -> None:
-    policy = policy_of(tiny(name), folder, rollout_rows=7, replay_rows=2, autocast=autocast)
+    policy = policy_of(tiny(name), folder, rollout_rows=3, replay_rows=2, autocast=autocast)
     policy.prepare(prompts)
-    trajectory, samples = policy.rollout(batch_of(prompts))
-    assert (
-        samples.audio.shape == (12, 1, 2000)
-        and samples.audio_length.tolist() == [1600] * 3 + [2000] * 3 + [1600] * 3 + [1100] * 3
-    )
+    trajectory, samples = policy.rollout(batch_of(prompts, size=2))
+    assert samples.audio.shape == (8, 1, 1000)
+    assert samples.audio_length.tolist() == [800, 800, 1000, 1000, 800, 800, 550, 550]
     fresh = evaluations(policy, trajectory)
     assert fresh["log_ratio"][trajectory.mask].abs().max() == 0
     assert fresh["log_ratio"][:, -1].isnan().all() and not trajectory.mask[:, -1].any()
-    parts = [torch.tensor([8, 3, 1, 4, 9]), torch.tensor([0, 2])]
+    parts = [torch.tensor([5, 3, 1, 4, 7]), torch.tensor([0, 2])]
     anchored = policy.anchor(trajectory, parts)
     for part in parts:
         found = evaluations(policy, anchored.take(part))
@@ -178,7 +184,7 @@ def test_without_noise_a_recording_is_that_of_the_euler_sampler(name, prompts, f
     for row, sample in enumerate(batch.sample.tolist()):
         length = int(samples.audio_length[row])
         noisy = trajectory.record["noisy"][row : row + 1, :length]
-        expected = enhance(policy.model, noisy, S, [seeds.derive(batch.seed, sample, "start")])
+        expected = enhance(policy.model, noisy, S, [seeds.derive(batch.seed, sample, "start")]).clamp(-1, 1)
         assert (samples.audio[row, :, :length] - expected).abs().max() < 1e-4 * expected.abs().max()
     assert not torch.allclose(samples.audio, noisy_walk.audio, atol=1e-3)
 
@@ -283,12 +289,11 @@ def test_teaching_lowers_the_loss(prompts, folder) -> None:
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()
-        found.append(float(losses.mean()))
+        found.append(float(losses.mean().detach()))
     assert sum(found[-5:]) < 0.7 * sum(found[:5])
 
 
-@each_model
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@each_precision
 def test_the_self_test_passes_for_shipped_networks(name, autocast, prompts, folder) -> None:
     policy = policy_of(tiny(name), folder, autocast=autocast)
     policy.prepare(prompts)
@@ -314,10 +319,11 @@ class Forgetful(Linear):
 
 
 class Detached(Linear):
-    """A network whose gradient lacks a part."""
+    """A network half of whose output has no gradient."""
 
     def forward(self, x: Tensor, t: Tensor, noisy: Tensor) -> Tensor:
-        return super().forward(x, t, noisy) + self.weight[1].detach()
+        velocity = super().forward(x, t, noisy)
+        return (velocity + velocity.detach()) / 2
 
 
 @pytest.mark.parametrize(
@@ -374,4 +380,4 @@ def test_half_precision_weights_are_replayed_exactly(folder, prompts) -> None:
     policy = policy_of(model, folder)
     trajectory, _ = policy.rollout(batch_of(prompts))
     assert replays.largest(policy, policy.anchor(trajectory, whole(trajectory))) == 0
-    assert speech_models.Model is Model and policy.teach(batch_of(prompts), torch.arange(2)).isfinite().all()
+    assert policy.teach(batch_of(prompts), torch.arange(2)).isfinite().all()
