@@ -124,6 +124,18 @@ def rotated(x: Tensor, place: Tensor) -> Tensor:
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], 3)
 
 
+def patches(x: Tensor, bands: int, frames: int) -> Tensor:
+    """Cut into tokens, the patches of a row of bands after one another; (B, C, K, T) -> (B, L, C * bands * frames)."""
+    cut = x.unflatten(3, (-1, frames)).unflatten(2, (-1, bands))  # (B, C, K / bands, bands, T / frames, frames)
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def joined(tokens: Tensor, bands: int, frames: int, long: int) -> Tensor:
+    """The inverse of `patches`, `long` of them in a row; (B, L, C * bands * frames) -> (B, C, K, T)."""
+    apart = tokens.unflatten(1, (-1, long)).unflatten(3, (-1, bands, frames))
+    return apart.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 class TransformerBlock(nn.Module):
     """Attention and a perceptron, both scaled, shifted and gated by the time; it begins as the identity (adaLN-Zero)."""
 
@@ -188,21 +200,10 @@ class Transformer(nn.Module):
         time = self.time(t)
         whole = padded(torch.cat([x, noisy], 1), *self.patch)
         high, long = whole.shape[2] // self.patch[0], whole.shape[3] // self.patch[1]
-        tokens = self.enter(self._cut(whole)).unflatten(1, (high, long)) + self.bands[:, None]
-        tokens = tokens.flatten(1, 2)  # (B, L, D), bands before frames
+        tokens = self.enter(patches(whole, *self.patch)) + self.bands.repeat_interleave(long, 0)  # (B, L, D)
         place = torch.arange(long, device=x.device).repeat(high)
         for block in self.blocks:
             tokens = block(tokens, time, place)
         shift, scale = self.modulation(time)[:, None].chunk(2, 2)
-        parts = self._joined(self.leave(self.normalise(tokens) * (1 + scale) + shift), high, long)
+        parts = joined(self.leave(self.normalise(tokens) * (1 + scale) + shift), *self.patch, long)
         return velocity(mixed(parts[:, :, : x.shape[2], : x.shape[3]], x, noisy), x, t)
-
-    def _cut(self, x: Tensor) -> Tensor:
-        """Patches as tokens; (B, C, K', T') -> (B, L, C * bands * frames)."""
-        cut = x.unflatten(3, (-1, self.patch[1])).unflatten(2, (-1, self.patch[0]))  # (B, C, high, bands, long, frames)
-        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-    def _joined(self, tokens: Tensor, high: int, long: int) -> Tensor:
-        """The inverse of `_cut`; (B, L, C * bands * frames) -> (B, C, K', T')."""
-        patches = tokens.unflatten(1, (high, long)).unflatten(3, (-1, *self.patch))
-        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -42,12 +42,10 @@ def create(config: Mapping[str, Any], network: str | None = None, where: str = "
     if not isinstance(config, Mapping):
         raise ValueError(f"{where}: {config!r} arrived; expected a table with network and representation")
     refuse_unknown(config, ("network", "representation"), where)
-    kind, options = _options(config, "representation", REPRESENTATIONS, where)
-    representation: Representation = REPRESENTATIONS[kind](**options)
+    representation: Representation = _made(config, "representation", REPRESENTATIONS, where)
     if network is not None:
         return Model(_own(network, representation), representation)
-    kind, options = _options(config, "network", NETWORKS, where)
-    return Model(NETWORKS[kind](channels=representation.channels(), **options), representation)
+    return Model(_made(config, "network", NETWORKS, where, channels=representation.channels()), representation)
 
 
 def load(folder: Path, network: str | None = None) -> Model:
@@ -96,27 +94,33 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _options(config: Mapping[str, Any], part: str, kinds: Mapping[str, type], where: str) -> tuple[str, dict[str, Any]]:
-    """The kind and the checked options of one part of a config."""
+def _made(config: Mapping[str, Any], part: str, kinds: Mapping[str, type], where: str, **fixed: object) -> Any:
+    """One part of a config, with what its options do not decide."""
     table = config.get(part)
     if not isinstance(table, Mapping) or not isinstance(table.get("kind"), str):
-        raise ValueError(
-            f"{where}: {part} is {table!r}; expected a table with a kind, one of {', '.join(sorted(kinds))}"
-        )
-    kind = table["kind"]
+        known = ", ".join(sorted(kinds))
+        raise ValueError(f"{where}: {part} is {table!r}; expected a table with a kind, one of {known}")
+    kind = _known(table["kind"], part, kinds, where)
+    parameters = {name: item for name, item in options_of(kinds[kind]).items() if name not in fixed}
+    given = {key: value for key, value in table.items() if key != "kind"}
+    refuse_unknown(given, parameters, f"{where}: {part}")
+    options = {key: typed(value, parameters[key].annotation, f"{where}: {part}.{key}") for key, value in given.items()}
+    try:
+        return kinds[kind](**fixed, **options)
+    except ValueError as error:  # sizes that contradict each other
+        raise ValueError(f"{where}: {part}: {error}") from error
+
+
+def _known(kind: str, part: str, kinds: Mapping[str, type], where: str) -> str:
+    """The kind if it is a shipped one; raises ValueError otherwise."""
+    if kind in kinds:
+        return kind
     if part == "network" and kind == OWN:
         raise ValueError(f"{where}: the weights belong to a network of your own; name it in policy.network")
     if ":" in kind:
-        raise ValueError(
-            f"{where}: {part}.kind {kind!r} names code, which a model's folder may not; "
-            "if you trust it, name it yourself in policy.network"
-        )
-    if kind not in kinds:
-        raise ValueError(f"{where}: unknown {part}.kind {kind!r}{nearest(kind, kinds)}")
-    known = {name: item for name, item in options_of(kinds[kind]).items() if name != "channels"}
-    given = {key: value for key, value in table.items() if key != "kind"}
-    refuse_unknown(given, known, f"{where}: {part}")
-    return kind, {key: typed(value, known[key].annotation, f"{where}: {part}.{key}") for key, value in given.items()}
+        trust = "if you trust it, name it yourself in policy.network"
+        raise ValueError(f"{where}: {part}.kind {kind!r} names code, which a model's folder may not; {trust}")
+    raise ValueError(f"{where}: unknown {part}.kind {kind!r}{nearest(kind, kinds)}")
 
 
 def _network_table(network: nn.Module) -> dict[str, object]:

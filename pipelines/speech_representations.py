@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo.types import require_shape, same_shape
-from pipelines.spectrogram import Framing, as_channels, as_complex, compress, expand, framing, inverse, stft
+from pipelines.spectrogram import Framing, as_channels, as_complex, compress, expand, frames, framing, inverse, stft
 
 SILENCE = 1e-5  # peak below which a recording counts as this loud, so that silence divides nothing by 0
 FLOOR = 1e-7  # of the recording's mean energy; log energies end there
@@ -74,8 +74,9 @@ class ComplexSpectrogram:
 
     def centre(self, noisy: Tensor) -> Tensor:
         """The noisy recording's latent or zeros; (B, N) -> (B, 2, F, T)."""
-        latent = self.encode(noisy, noisy)
-        return latent if self.centred else torch.zeros_like(latent)
+        if self.centred:
+            return self.encode(noisy, noisy)
+        return noisy.new_zeros(len(noisy), 2, self.cut.frequencies, frames(noisy.shape[1], self.cut))
 
     def encode(self, clean: Tensor, noisy: Tensor) -> Tensor:
         """The clean recording's latent; (B, N), (B, N) -> (B, 2, F, T)."""
@@ -85,7 +86,7 @@ class ComplexSpectrogram:
 
     def decode(self, latent: Tensor, noisy: Tensor) -> Tensor:
         """The inverse of `encode`; (B, 2, F, T), (B, N) -> (B, N)."""
-        require_shape("latent", latent, len(noisy), 2, None, None)
+        require_shape("latent", latent, len(noisy), 2, self.cut.frequencies, frames(noisy.shape[1], self.cut))
         spectrogram = expand(as_complex(latent * self.noise), self.exponent, self.factor)
         return inverse(spectrogram, self.cut, noisy.shape[1]) * peak(noisy)
 
@@ -144,9 +145,8 @@ class BandGains:
 
     def centre(self, noisy: Tensor) -> Tensor:
         """The latent of 0 dB or of `middle`; (B, N) -> (B, 1, K, T)."""
-        frames = stft(noisy[:1], self.cut).shape[2]
         latent = -self.middle / self.noise if self.centred else 0.0
-        return noisy.new_full((len(noisy), 1, self.bands, frames), latent)
+        return noisy.new_full((len(noisy), 1, self.bands, frames(noisy.shape[1], self.cut)), latent)
 
     def encode(self, clean: Tensor, noisy: Tensor) -> Tensor:
         """Root of each band's clean energy over its noisy one, as a latent; (B, N), (B, N) -> (B, 1, K, T)."""
@@ -159,7 +159,7 @@ class BandGains:
 
     def decode(self, latent: Tensor, noisy: Tensor) -> Tensor:
         """The noisy recording with the latent's gains; (B, 1, K, T), (B, N) -> (B, N)."""
-        require_shape("latent", latent, len(noisy), 1, self.bands, None)
+        require_shape("latent", latent, len(noisy), 1, self.bands, frames(noisy.shape[1], self.cut))
         gains = (latent[:, 0] * self.noise + self.middle).clamp(self.lowest, self.highest)  # (B, K, T) dB
         weights = interpolation(self.rate, self.cut, self.bands).to(gains)
         amplitude = 10 ** (torch.einsum("fk,bkt->bft", weights, gains) / 20)
