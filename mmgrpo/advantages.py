@@ -100,6 +100,26 @@ def gdpo(
     return _advantage(_as_scores(combined, scores), scores, group)
 
 
+def scaled_sum(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advantage:
+    """FlowSE-GRPO (arXiv 2601.16483): divide each reward by its std over the batch, add with the weights, standardize in groups.
+
+    Unlike in `gdpo` a reward that hardly varies inside a group weighs little there. Weights 0.6, 1, 1 are published for DNSMOS,
+    speaker similarity and SpeechBERTScore. A std up to 1e-6 drops the reward, one up to 1e-8 of the sum the group, as public
+    reimplementations do. The rewards are centred in their group before they are added: nothing changes where all are there, and
+    a missing one counts as the mean of its group.
+    """
+    scores, group = _total(feedback), feedback.group
+    combined = torch.zeros(len(group), dtype=torch.float64, device=scores.device)
+    for name, weight in feedback.weights.items():
+        values = feedback.rewards[name].double()
+        std = group_std(values, torch.zeros_like(group), ddof)
+        share = torch.where(std > 1e-6, weight / std, 0)
+        combined = combined + (share * group_centred(values, group)).nan_to_num(0)
+    combined = torch.where(scores.isnan(), torch.nan, combined)
+    combined = torch.where(group_std(combined, group, ddof) > 1e-8, combined, combined * 0)
+    return _advantage(_as_scores(standardize(combined, group, ddof, eps), scores), scores, group)
+
+
 def _total(feedback: Feedback) -> Tensor:
     """The weighted sum (B,); raises ValueError naming the reward that is infinite."""
     for name, values in feedback.rewards.items():

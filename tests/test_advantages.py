@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmgrpo.advantages import against_others, centered, gdpo, leave_one_out, standardize, standardized
+from mmgrpo.advantages import against_others, centered, gdpo, leave_one_out, scaled_sum, standardize, standardized
 from mmgrpo.groups import group_sum, spread
 from mmgrpo.types import Advantage, Feedback
 
@@ -158,6 +158,33 @@ def test_gdpo_weights_order_the_rewards() -> None:
     torch.testing.assert_close(values, 3 * standardize(first, ONE) + standardize(second, ONE))
 
 
+def test_scaled_sum_equals_the_worked_example_of_flowse() -> None:
+    quality, speaker, words = numbers(3, 3.2, 3.4, 3), numbers(0.80, 0.82, 0.70, 0.88), numbers(0.90, 0.91, 0.85, 0.92)
+    said = feedback(ONE, quality, speaker, words, weights=(0.6, 1.0, 1.0))
+    close(scaled_sum(said, eps=0).values, -0.235636, 0.690753, -1.524434, 1.069317)
+    alone = feedback(ONE, quality, speaker, words, weights=(0.6, 0.0, 0.0))
+    close(scaled_sum(alone, eps=0).values, -0.904534, 0.301511, 1.507557, -0.904534)
+
+
+def test_scaled_sum_divides_by_the_std_of_the_batch_and_drops_what_does_not_vary() -> None:
+    first, second = numbers(0, 2, 0, 2, 5, 5, 5, 5), numbers(1, 1, 2, 2, 9, 9, 9, 19)
+    spread = first.std(correction=0), second.std(correction=0)
+    by_hand = first / spread[0] + 2 * second / spread[1]
+    constant = torch.full((8,), 4.0, dtype=F64)
+    said = feedback(TWO, first, second, constant, weights=(1.0, 2.0, 5.0))
+    close(scaled_sum(said, eps=0).values, *standardize(by_hand, TWO, ddof=0, eps=0).tolist())
+
+
+def test_a_reward_that_is_missing_counts_as_its_groups_mean_in_scaled_sum() -> None:
+    first, second = numbers(0, 1, 0, 1), numbers(100, 102, NAN, 101)
+    filled = numbers(100, 102, 101, 101)
+    got, expected = (scaled_sum(feedback(ONE, first, s), eps=0) for s in (second, filled))
+    assert got.keep.all() and (got.values.sign() == expected.values.sign()).all()
+    std = second[~second.isnan()].std(correction=0)
+    combined = first / 0.5 + (filled - 101) / std
+    close(got.values, *standardize(combined, ONE, ddof=0, eps=0).tolist())
+
+
 # Exceptions, the same for every component
 
 COMPONENTS: dict[str, Callable[[Feedback], Advantage]] = {
@@ -169,6 +196,7 @@ COMPONENTS: dict[str, Callable[[Feedback], Advantage]] = {
     "centered": centered,
     "leave_one_out": leave_one_out,
     "gdpo": gdpo,
+    "scaled_sum": scaled_sum,
 }
 each_component = pytest.mark.parametrize("component", COMPONENTS.values(), ids=COMPONENTS.keys())
 
@@ -307,10 +335,11 @@ def test_scaling_rewards_scales_or_leaves_the_advantage_as_promised(said: Feedba
 
 @symmetry
 @given(said=batches())
-def test_scaling_one_reward_of_gdpo_changes_nothing(said: Feedback) -> None:
+def test_scaling_one_reward_of_gdpo_or_of_a_scaled_sum_changes_nothing(said: Feedback) -> None:
     rewards = {"r0": 1000 * said.rewards["r0"] + 3, "r1": said.rewards["r1"]}
     scaled = Feedback(rewards, said.weights, said.group)
-    torch.testing.assert_close(gdpo(scaled, eps=0).values, gdpo(said, eps=0).values, rtol=1e-9, atol=1e-9)
+    for same in (gdpo, scaled_sum):
+        torch.testing.assert_close(same(scaled, eps=0).values, same(said, eps=0).values, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("component", [standardized, centered, leave_one_out, partial(gdpo, batch_scale=False)])
@@ -324,7 +353,9 @@ def test_other_groups_change_nothing(
     torch.testing.assert_close(joint.values[: len(said.group)], component(said).values, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("component", [standardized, partial(standardized, scale="batch"), centered, leave_one_out])
+@pytest.mark.parametrize(
+    "component", [standardized, partial(standardized, scale="batch"), centered, leave_one_out, scaled_sum]
+)
 @symmetry
 @given(said=batches())
 def test_each_group_sums_to_zero(component: Callable[[Feedback], Advantage], said: Feedback) -> None:
