@@ -16,11 +16,12 @@ from torch import nn
 
 from mmgrpo.components import locate, options_of, typed
 from mmgrpo.toml import nearest, refuse_unknown
+from pipelines.spectrogram_networks import Transformer, UNet
 from pipelines.speech_networks import BandGainNetwork
 from pipelines.speech_representations import BandGains, ComplexSpectrogram, Representation
 
 OWN = "own"  # kind of a network that the folder does not know
-NETWORKS: dict[str, type] = {"band_gains": BandGainNetwork}
+NETWORKS: dict[str, type] = {"band_gains": BandGainNetwork, "transformer": Transformer, "unet": UNet}
 REPRESENTATIONS: dict[str, type] = {"band_gains": BandGains, "complex_spectrogram": ComplexSpectrogram}
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
