@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 from torchaudio.functional import resample
 
+from mmgrpo import checkpoint as checkpoints
 from mmgrpo import seeds
+from pipelines import speech_flow, speech_models
+from pipelines.enhance import CONTAINERS
+from pipelines.mel import with_vocoder
+from pipelines.speech_models import Model
 
 OVERLAP = 0.1  # share of a window that it has in common with the next one
 SHORTEST = 0.5  # seconds that an enhancer is given at least: what is shorter is followed by silence
@@ -39,6 +44,64 @@ class Enhancer:
     rate: int  # Hz of what it is given and gives
     window: float = 10.0  # seconds in memory at once
     seed: int = 0  # of all noise; every channel of a window has the same, so that equal channels stay equal
+
+
+def enhancer(model: Model, steps: int, device: str = "cpu", *, window: float = 10.0, seed: int = 0) -> Enhancer:
+    """A model's deterministic sampler from seeded noise; its network is moved to the device."""
+    speech_flow.times(steps)  # refuses what are no steps
+    network = model.network.to(device).eval()
+    moved = speech_models.Model(network, model.representation)
+
+    def enhance(noisy: Tensor, own: Sequence[int]) -> Tensor:
+        try:
+            return speech_flow.enhance(moved, noisy.to(device), steps, own)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"{noisy.shape[1]} samples at once do not fit on {device}; expected a smaller window"
+            ) from None
+
+    return Enhancer(enhance, model.representation.rate, window, seed)
+
+
+def loaded(
+    path: Path,
+    steps: int,
+    device: str = "auto",
+    *,
+    window: float = 10.0,
+    seed: int = 0,
+    network: str | None = None,
+    vocoder: str | None = None,
+) -> Enhancer:
+    """The enhancer of a model on disk (see `model_folder`), on a device whose results repeat; raises ValueError."""
+    place = usable(device)
+    model = speech_models.load(model_folder(path), network)
+    torch.backends.cudnn.deterministic = True  # the same seed, the same file
+    heard = with_vocoder(model.representation, vocoder, place)
+    return enhancer(Model(model.network, heard), steps, place, window=window, seed=seed)
+
+
+def model_folder(path: Path) -> Path:
+    """A model's folder itself, that of a checkpoint, or that of a run's newest checkpoint; raises FileNotFoundError."""
+    newest = checkpoints.latest(path) if (path / "checkpoints").is_dir() else None
+    places = [path, path / "model", *([newest / "model"] if newest else [])]
+    for place in places:
+        if (place / speech_models.CONFIG).is_file():
+            return place
+    missing = "" if path.is_dir() else ", which is no folder"
+    looked = f"{speech_models.CONFIG} in it, in its model/ and in the model/ of the newest of its checkpoints/"
+    raise FileNotFoundError(f"no speech model in {path}{missing}; looked for {looked}")
+
+
+def usable(device: str) -> str:
+    """A device by name, "auto" for a GPU of CUDA if there is one; raises ValueError."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without that kind
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 class Grid(NamedTuple):
@@ -217,12 +280,6 @@ def _write(spool: IO[bytes], target: Path, facts: Facts, scale: float) -> None:
         raise ValueError(f"{target} cannot be written: {error.error_string}") from None
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-CONTAINERS = {  # by suffix, of files that are looked for in a folder or may be written
-    ".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".oga": "OGG", ".opus": "OGG", ".mp3": "MP3", ".aif": "AIFF",
-    ".aiff": "AIFF", ".au": "AU", ".caf": "CAF", ".w64": "W64", ".rf64": "RF64",
-}  # fmt: skip
 
 
 def container(source: Path, target: Path, facts: Facts) -> str:

@@ -17,9 +17,12 @@ from torchaudio import functional
 
 from mmgrpo.components import locate
 from mmgrpo.types import require_shape, same_shape
+from pipelines.speech_representations import Representation
 
 SILENCE = 1e-5  # root mean square below which a recording counts as this loud
-Vocoder = Callable[[Tensor], Tensor]  # natural log of mel magnitudes, (B, K, T) -> waveforms (B, at least (T - 1) * hop)
+Vocoder = Callable[
+    [Tensor], Tensor
+]  # natural log of mel magnitudes, (B, K, T) -> waveforms (B, at least (T - 1) * hop)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class MelSpectrogram:
         require_shape("latent", latent, len(noisy), 1, self.bands, None)
         speak: Vocoder | None = vars(self)["_speak"]
         if speak is None:
-            raise ValueError("a mel spectrogram needs a vocoder to be heard; name one: 'griffin_lim' or 'mine.py:build'")
+            raise ValueError(
+                "a mel spectrogram needs a vocoder to be heard; name one: 'griffin_lim' or 'mine.py:build'"
+            )
         spoken = speak(latent[:, 0] * self.noise + self.middle)
         if spoken.ndim != 2 or len(spoken) != len(noisy) or spoken.shape[1] < noisy.shape[1]:
             raise ValueError(
@@ -140,7 +145,7 @@ def griffin_lim(mel: MelSpectrogram, *, rounds: int = 32) -> Vocoder:
 SHIPPED = {"griffin_lim": griffin_lim}
 
 
-def with_vocoder[R](representation: R, name: str | None, device: str = "cpu") -> R:
+def with_vocoder(representation: Representation, name: str | None, device: str = "cpu") -> Representation:
     """The representation, heard through the vocoder that the user named if it is a mel spectrogram; raises ValueError.
 
     `name` is "griffin_lim", or the user's own "module:function" or "path/to/file.py:function", which is called with the
