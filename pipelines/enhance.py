@@ -128,7 +128,9 @@ def enhance_all(work: Sequence[Job], enhancer: "Enhancer", report: Report, *, mo
     from pipelines.enhance_files import enhance_file, look
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet) as progress:
         files, seconds = progress.add_task("files", total=len(work)), progress.add_task("seconds", total=0)
         for job in work:
             try:

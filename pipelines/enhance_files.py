@@ -185,8 +185,8 @@ def _enhance_channel(heard: Tensor, rate: int, enhancer: Enhancer, seed: int) ->
 
 
 def _resample(heard: Tensor, rate: int, other: int) -> Tensor:
-    """By windowed sinc, 32 zero crossings to each side: flat to 0.97 of the lower band, where torchaudio's 6 fall early."""
-    return resample(heard, rate, other, lowpass_filter_width=32) if rate != other else heard
+    """By windowed sinc, 64 zero crossings to each side: 1 % off at 0.96 of the lower band, where torchaudio's 6 lose 86 %."""
+    return resample(heard, rate, other, lowpass_filter_width=64) if rate != other else heard
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def look(path: Path) -> Facts:
                 if not np.isfinite(peak):
                     raise ValueError("it holds samples that are not finite")
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"it cannot be decoded after {samples} samples: {error.error_string}") from None
+            raise ValueError(f"it cannot be decoded to its end: {error.error_string}") from None
         facts = Facts(samples, file.samplerate, file.channels, file.format, file.subtype)
     if not samples:
         raise ValueError("it holds no samples")

@@ -97,7 +97,8 @@ class MelSpectrogram:
         samples = waveform.shape[1]
         if samples == 0:
             raise ValueError("waveform has 0 samples; expected at least 1")
-        length = max(-(-samples // self.hop) * self.hop, self.window // 2 + 1)  # what is reflected must be there
+        shortest = self.window // 2 + 1  # what is reflected at the ends must be there
+        length = -(-max(samples, shortest) // self.hop) * self.hop
         spectrogram = functional.spectrogram(
             nn.functional.pad(waveform, (0, length - samples)),
             pad=0,
@@ -132,8 +133,10 @@ def griffin_lim(mel: MelSpectrogram, *, rounds: int = 32) -> Vocoder:
     back = torch.linalg.pinv(filters(mel).double())  # (K, F)
 
     def speak(log_mel: Tensor) -> Tensor:
-        """(B, K, T) -> (B, (T - 1) * hop); the same for the same input."""
+        """(B, K, T) -> (B, (T - 1) * hop), or a window if that is more; the same for the same input."""
         magnitude = torch.einsum("kf,bkt->bft", back.to(log_mel), log_mel.exp()).clamp_min(0)
+        missing = max(0, mel.window // 2 // mel.hop + 2 - magnitude.shape[2])  # what is reflected must be there
+        magnitude = nn.functional.pad(magnitude, (0, missing))
         window = torch.hann_window(mel.window, device=log_mel.device, dtype=log_mel.dtype)
         return functional.griffinlim(
             magnitude, window, mel.window, mel.hop, mel.window, 1.0, rounds, 0.99, length=None, rand_init=False
