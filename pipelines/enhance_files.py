@@ -88,7 +88,7 @@ def model_folder(path: Path) -> Path:
     for place in places:
         if (place / speech_models.CONFIG).is_file():
             return place
-    missing = "" if path.is_dir() else ", which is no folder"
+    missing = "" if path.is_dir() else ", which is not there"
     looked = f"{speech_models.CONFIG} in it, in its model/ and in the model/ of the newest of its checkpoints/"
     raise FileNotFoundError(f"no speech model in {path}{missing}; looked for {looked}")
 
@@ -209,7 +209,7 @@ def look(path: Path) -> Facts:
     samples, peak = 0, 0.0
     with opened(path) as file:
         try:
-            for block in file.blocks(BLOCK, dtype="float32", always_2d=True):  # (n, C)
+            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):  # (n, C)
                 samples += len(block)
                 peak = float(np.maximum(peak, np.abs(block).max()))  # NaN stays
                 if not np.isfinite(peak):

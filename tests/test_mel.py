@@ -1,5 +1,6 @@
 """Log-mel spectrograms as torchaudio's transform makes them, at one loudness, heard through the user's vocoder."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 from torchaudio.transforms import MelSpectrogram as Oracle
 
-from pipelines import speech_flow
-from pipelines.enhance_files import enhance_waveform, enhancer
+from pipelines import speech_flow, speech_models
+from pipelines.enhance_files import enhance_waveform, enhancer, loaded
 from pipelines.mel import MelSpectrogram, filters, griffin_lim, with_vocoder
 from pipelines.speech_models import Model
+from pipelines.speech_networks import BandGainNetwork
 from pipelines.speech_representations import BandGains
 
 SMALL = MelSpectrogram(rate=8_000, window=256, hop=64, bands=40)
@@ -194,6 +196,30 @@ def test_a_flow_over_mel_spectrograms_is_trained_and_heard() -> None:
     assert speech_flow.matching_loss(model, clean, noisy, torch.tensor([0.5]), eps).item() < 1e-9
     heard = enhance_waveform(noisy, 8_000, enhancer(model, 4))
     torch.testing.assert_close(heard, mel.decode(latent, noisy), atol=1e-6, rtol=1e-4)
+
+
+def test_a_model_of_mel_spectrograms_needs_a_vocoder_that_its_folder_cannot_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kinds = {"mel": MelSpectrogram, **speech_models.REPRESENTATIONS}
+    monkeypatch.setattr(speech_models, "REPRESENTATIONS", kinds)
+    mel = replace(SMALL, middle=-4.0, noise=2.0, vocoder=steady)
+    speech_models.save(tmp_path, BandGainNetwork(mel.channels(), width=16, blocks=1), mel)
+    assert speech_models.load(tmp_path).representation == mel
+    ours = loaded(tmp_path, 1, "cpu", vocoder="griffin_lim")
+    assert ours.rate == 8_000
+    assert enhance_waveform(speech(), 8_000, ours).shape == (2, 8000)
+    with pytest.raises(ValueError, match="a model's folder names none"):
+        loaded(tmp_path, 1, "cpu")
+    (tmp_path / "mine.py").write_text("open('ran', 'w')\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for named in ("mine.py:build", {"build": "mine.py:build"}):
+        config["representation"]["vocoder"] = named
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="vocoder"):
+            loaded(tmp_path, 1, "cpu", vocoder="griffin_lim")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_filters_are_shared_and_griffin_lim_takes_another_number_of_rounds() -> None:
