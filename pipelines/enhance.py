@@ -41,9 +41,7 @@ class Report:
     done: list[Path] = field(default_factory=list)
     seconds: float = 0.0  # of audio that was enhanced
     problems: list[str] = field(default_factory=list)  # a line each, which begins with the file
-    scaled: list[str] = field(
-        default_factory=list
-    )  # files that would have been clipped, and by how much they are lower
+    scaled: list[str] = field(default_factory=list)  # files that were made quieter, and by how much
     higher: int = 0  # files with a rate above the model's
 
 
