@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -139,6 +140,20 @@ def interruptible(folder: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@cache
+def with_offered_commands() -> typer.Typer:
+    """The commands above and those that packages offer: an entry point of `mmgrpo.commands` is a function for typer.
+
+    Its module is imported here, for `--help` too, so it must import what is heavy when the function runs.
+    """
+    for point in entry_points(group="mmgrpo.commands"):
+        try:
+            app.command(point.name)(point.load())
+        except (ImportError, AttributeError) as error:  # another package's fault stops none of our commands
+            _complain(f"the command {point.name!r} cannot be loaded from {point.value}: {error}")
+    return app
+
+
 def _complain(line: str) -> None:
     Console(stderr=True).print(f"mmgrpo: {line}", soft_wrap=True, markup=False, highlight=False)
 
@@ -147,7 +162,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """The command `mmgrpo`: a user's mistake becomes one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app([word for word in given if word != "--traceback"])
+        with_offered_commands()([word for word in given if word != "--traceback"])
     except (ValueError, OSError, FloatingPointError) as error:  # RecipeError is a ValueError
         if "--traceback" in given:
             raise

@@ -4,6 +4,8 @@ import os
 import resource
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import typer
 from mmgrpo import cli
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OFFERED: dict[str, str] = PROJECT["entry-points"]["mmgrpo.commands"]
 
 
 def outcome(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
@@ -31,10 +35,56 @@ def test_help_takes_less_than_a_second_of_processor_time() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
-def test_starting_the_command_line_imports_no_heavy_library() -> None:
-    code = "import sys, mmgrpo.cli; print(*sys.modules)"
+@pytest.mark.parametrize("module", ["mmgrpo.cli", *OFFERED.values()])
+def test_starting_the_command_line_imports_no_heavy_library(module: str) -> None:
+    code = f"import sys, {module.partition(':')[0]}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not {"torch", "numpy", "pydantic", "diffusers", "transformers"} & set(loaded.split())
+    assert not {"torch", "numpy", "pydantic", "diffusers", "transformers", "soundfile"} & set(loaded.split())
+
+
+def test_the_commands_that_this_project_offers_are_there() -> None:
+    group = "mmgrpo.commands"
+    assert "enhance" in OFFERED
+    assert all(callable(EntryPoint(name, place, group).load()) for name, place in OFFERED.items())
+
+
+def offering(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command line beside an installed package that offers two commands, one of which cannot be loaded."""
+    (folder / "greetings.py").write_text(
+        "def hello(name: str, times: int = 1) -> None:\n"
+        '    """Greet someone."""\n'
+        "    if times < 1:\n"
+        "        raise ValueError(f'times is {times}; expected at least 1')\n"
+        "    print(*['hello', name] * times)\n"
+    )
+    facts = folder / "greetings-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: greetings\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[mmgrpo.commands]\nhello = greetings:hello\nbye = greetings:bye\n")
+    command = [sys.executable, "-m", "mmgrpo.cli", *words]
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    return subprocess.run(command, cwd=folder, env=place, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "out", "err"),
+    [
+        (["hello", "you", "--times", "2"], 0, "hello you hello you", ""),
+        (["hello", "you", "--times", "0"], 2, "", "mmgrpo: times is 0; expected at least 1"),
+        (["--help"], 0, "Greet someone.", ""),
+        (["train", "absent.toml"], 2, "", "mmgrpo: no recipe file 'absent.toml'"),
+    ],
+)
+def test_a_package_offers_commands_and_a_broken_one_stops_no_other(
+    words: list[str], code: int, out: str, err: str, tmp_path: Path
+) -> None:
+    done = offering(tmp_path, *words)
+    assert done.returncode == code
+    assert out in done.stdout
+    broken, *others = done.stderr.splitlines()
+    assert broken.startswith("mmgrpo: the command 'bye' cannot be loaded from greetings:bye: ")
+    assert err in "\n".join(others)
+    assert others or not err
 
 
 @pytest.mark.parametrize(
