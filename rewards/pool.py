@@ -55,23 +55,25 @@ class Worker:
         self.command = [sys.executable, "-P", "-W", "ignore", str(file)]
         self.timeout = timeout
         self.process: Process | None = None
+        self.ended = False
 
     def start(self) -> Process:
         """A process that has said that it is ready; raises RuntimeError if it does not."""
         pipe, environment = subprocess.PIPE, os.environ | ONE_THREAD
-        process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, env=environment)
-        if converse(process, START, ()) != b"ready\n":
-            stop(process)
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, env=environment)
+        if self.ended:  # by another thread, which had no process to kill yet
+            self.process.kill()
+        if converse(self.process, START, ()) != b"ready\n":
+            self.close()
             raise RuntimeError(f"the process {' '.join(self.command)} did not start; its error stands above")
-        return process
+        return self.process
 
     def ask(self, task: Task) -> Reply:
-        """The answer, or why there is none: the process died, or was ended after `timeout` seconds."""
-        self.process = self.process or self.start()
+        """The answer, or why there is none: the process died, or was killed after `timeout` seconds."""
+        process, line = self.process or self.start(), b""
         header = {**task.header, "sizes": [len(array) for array in task.arrays]}
-        line = b""
         try:
-            line = converse(self.process, self.timeout, (json.dumps(header).encode() + b"\n", *task.arrays))
+            line = converse(process, self.timeout, (json.dumps(header).encode() + b"\n", *task.arrays))
         finally:
             if not line.endswith(b"\n"):  # no answer, or half of one
                 self.close()
@@ -79,10 +81,25 @@ class Worker:
             return Reply(problem=f"the process died or took more than {self.timeout:g} s")
         return Reply(**json.loads(line))
 
+    def end(self) -> None:
+        """Kill the process, from any thread, for good: a question that it is working on finds it dead."""
+        self.ended, process = True, self.process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
-        if self.process is not None:
-            stop(self.process)
-        self.process = None
+        """Let go of a process, whatever it is doing."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except BrokenPipeError:  # it still held a question that the process never read
+                pass
 
 
 def converse(process: Process, limit: float, message: Iterable[bytes | memoryview]) -> bytes:
@@ -108,18 +125,6 @@ def converse(process: Process, limit: float, message: Iterable[bytes | memoryvie
         timer.cancel()
         timer.join()
     return b"" if late.is_set() else line  # a process that was killed as it answered takes no further question
-
-
-def stop(process: Process) -> None:
-    """End a process, whatever it is doing."""
-    process.kill()
-    process.wait()
-    for end in (process.stdin, process.stdout):
-        try:
-            if end is not None:
-                end.close()
-        except BrokenPipeError:  # it still held a question that the process never read
-            pass
 
 
 class Pool:
@@ -149,7 +154,9 @@ class Pool:
 
     def close(self) -> None:
         """End the processes; questions that wait are dropped."""
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self.workers:
+            worker.end()
+        self.threads.shutdown(cancel_futures=True)
         for worker in self.workers:
             worker.close()
 

@@ -77,13 +77,14 @@ def test_a_process_that_dies_costs_one_answer_and_is_replaced(two: Pool):
     assert replies[1].problem == replies[2].problem == "the process died or took more than 20 s"
 
 
-def test_a_process_that_is_killed_from_outside_costs_one_answer(two: Pool):
-    future = two.submit(Task({"sleep": 30}))
-    while two.workers[0].process is None and two.workers[1].process is None:
-        time.sleep(0.01)
-    (busy,) = [worker.process for worker in two.workers if worker.process is not None]
-    os.kill(busy.pid, signal.SIGKILL)
-    assert future.result().problem and ask(two, {})[0].value is not None
+def test_a_process_that_is_killed_from_outside_costs_one_answer(toy: Path):
+    made = Pool(toy, processes=1, timeout=20)
+    pid = ask(made, {})[0].value[0]
+    busy = made.submit(Task({"sleep": 30}))
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+    assert busy.result().problem and ask(made, {})[0].value[0] != pid
+    made.close()
 
 
 def test_a_process_that_hangs_is_ended_after_the_limit(toy: Path):
