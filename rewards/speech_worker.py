@@ -202,7 +202,7 @@ MEASURES: Mapping[str, Callable[[Signal, Signal, int], Numbers]] = {
 COUNTS = {name: len(POLYNOMIALS) if name == "dnsmos" else 1 for name in MEASURES}  # numbers of each
 
 
-def silent(x: Signal) -> bool:
+def silent(x: NDArray[Any]) -> bool:
     """Whether a file of 16 bits would hold one value throughout, or nothing; also where a value is not finite."""
     return not len(x) or not numpy.isfinite(x).all() or x.max() - x.min() < STEP
 
