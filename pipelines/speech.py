@@ -5,11 +5,11 @@ Axes: B samples, b those of one call, N samples of a waveform, C channels, K ban
 """
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mmgrpo.toml import nearest
 from mmgrpo.transitions import Gaussian, flow_sde, log_ratio
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Lesson, Prompt, Reference, Samples, Trajectory
 from pipelines import decisions, recordings, speech_check, speech_models
+from pipelines.mel import with_vocoder
 from pipelines.recordings import Heard, Mixing, hear
 from pipelines.recordings_check import check
 from pipelines.speech_flow import matching_loss
@@ -252,13 +253,25 @@ def choose_trained(network: nn.Module, patterns: Sequence[str]) -> str:
     return f"{count:,} trained parameters in {type(network).__name__}"
 
 
+def opened(model: str | None, new: Mapping[str, Any] | None, network: str | None) -> Model:
+    """The model of a folder or a new one; raises ValueError unless exactly one of them is asked for."""
+    if (model is None) == (new is None):
+        raise ValueError(f"policy.model is {model!r} and policy.new is {new!r}; expected one of them")
+    if model is not None:
+        return speech_models.load(Path(model), network)
+    assert new is not None
+    return speech_models.create(new, network, "policy.new")
+
+
 def load(
     *,
-    model: str,
     plan: Plan,
+    model: str | None = None,
+    new: Mapping[str, Any] | None = None,
     sampler: Sampler = flow_sde,
     steps: int = 10,
     network: str | None = None,
+    vocoder: str | None = None,
     train: tuple[str, ...] = (),
     reduction: Literal["mean", "sum"] = "mean",
     noise: Path | None = None,
@@ -273,17 +286,19 @@ def load(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     autocast: Precision | None = None,
 ) -> SpeechPolicy:
-    """A policy from a folder of `pipelines.speech_models`.
+    """A policy from a folder of `pipelines.speech_models`, or with random weights, to be pretrained.
 
-    plan: which of the steps are stochastic and trained; sampler: how. network: "path/to/file.py:Class" for weights of a
-    network of your own. train: patterns of the names of trained parameters ("blocks.*"), by default all. reduction: over
+    model: the folder; new: in its place, what its config.json would hold. plan: which of the steps are stochastic and
+    trained; sampler: how. network: "path/to/file.py:Class" for weights of a network of your own. vocoder: for mel
+    spectrograms, "griffin_lim" or "path/to/file.py:build". train: patterns of the names of trained parameters ("blocks.*"), by default all. reduction: over
     the latent elements of a step. noise, impulses: folders of noise and of room impulse responses, for prompts without a
     noisy recording; snr: lowest and highest, dB. seconds: longer recordings are cut to it at random. resample: convert
     recordings of other rates. clipped: share of samples at full scale that a recording may have. rollout_rows,
     replay_rows: recordings computed at once. dtype: of the weights; autocast: of the network's computation.
     """
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded = speech_models.load(Path(model), network)
+    loaded = opened(model, new, network)
+    loaded = replace(loaded, representation=with_vocoder(loaded.representation, vocoder, place))
     loaded.network.to(place, getattr(torch, dtype))
     kind = None if autocast is None else getattr(torch, autocast)
     options = Options(steps, sampler, reduction, rollout_rows, replay_rows, kind)

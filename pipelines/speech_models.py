@@ -16,13 +16,17 @@ from torch import nn
 
 from mmgrpo.components import locate, options_of, typed
 from mmgrpo.toml import nearest, refuse_unknown
+from pipelines.mel import MelSpectrogram
 from pipelines.spectrogram_networks import Transformer, UNet
 from pipelines.speech_networks import BandGainNetwork
 from pipelines.speech_representations import BandGains, ComplexSpectrogram, Representation
 
 OWN = "own"  # kind of a network that the folder does not know
 NETWORKS: dict[str, type] = {"band_gains": BandGainNetwork, "transformer": Transformer, "unet": UNet}
-REPRESENTATIONS: dict[str, type] = {"band_gains": BandGains, "complex_spectrogram": ComplexSpectrogram}
+REPRESENTATIONS: dict[str, type] = {
+    "band_gains": BandGains, "complex_spectrogram": ComplexSpectrogram, "mel": MelSpectrogram,
+}  # fmt: skip
+DECIDED = ("channels", "vocoder")  # arguments that a config does not hold: the one follows from it, the other is code
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -101,7 +105,7 @@ def _made(config: Mapping[str, Any], part: str, kinds: Mapping[str, type], where
         known = ", ".join(sorted(kinds))
         raise ValueError(f"{where}: {part} is {table!r}; expected a table with a kind, one of {known}")
     kind = _known(table["kind"], part, kinds, where)
-    parameters = {name: item for name, item in options_of(kinds[kind]).items() if name not in fixed}
+    parameters = {name: item for name, item in options_of(kinds[kind]).items() if name not in DECIDED}
     given = {key: value for key, value in table.items() if key != "kind"}
     refuse_unknown(given, parameters, f"{where}: {part}")
     options = {key: typed(value, parameters[key].annotation, f"{where}: {part}.{key}") for key, value in given.items()}

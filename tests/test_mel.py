@@ -202,8 +202,6 @@ def test_a_model_of_mel_spectrograms_needs_a_vocoder_that_its_folder_cannot_name
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    kinds = {"mel": MelSpectrogram, **speech_models.REPRESENTATIONS}
-    monkeypatch.setattr(speech_models, "REPRESENTATIONS", kinds)
     mel = replace(SMALL, middle=-4.0, noise=2.0, vocoder=steady)
     speech_models.save(tmp_path, BandGainNetwork(mel.channels(), width=16, blocks=1), mel)
     assert speech_models.load(tmp_path).representation == mel
