@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,16 +12,25 @@ from mmgrpo.recipe import load
 from mmgrpo.run import Run, start
 from mmgrpo.trainer import begin
 
-PHASES = ("seconds/rollout", "seconds/score", "seconds/update")
+PHASES = ("seconds/rollout", "seconds/score", "seconds/update", "seconds/teach")
 Points = tuple[list[float], list[float]]  # x and y of a line
 
 
-def started(recipe: str, seed: int, places: Mapping[str, Path], overrides: Sequence[str]) -> Run:
-    """The run of a shipped recipe; `places` are the paths that it leaves open, by key."""
-    paths = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
-    return start(
-        load(Path(str(files("pipelines") / "recipes" / f"{recipe}.toml")), [f"seed={seed}", *paths, *overrides])
-    )
+def started(
+    recipe: str, seed: int, places: Mapping[str, Path], overrides: Sequence[str], without: Collection[str] = ()
+) -> Run:
+    """The run of a shipped recipe; `places` are the paths that it leaves open, by key; the rewards `without` are left out."""
+    path = Path(str(files("pipelines") / "recipes" / f"{recipe}.toml"))
+    given = [f"{key}={json.dumps(str(place))}" for key, place in places.items()]
+    if without:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))["rewards"]
+        given.append(f"rewards=[{', '.join(inline(table) for table in tables if table['name'] not in without)}]")
+    return start(load(path, [f"seed={seed}", *given, *overrides]))
+
+
+def inline(table: Mapping[str, object]) -> str:
+    """A flat table as TOML writes it in one line."""
+    return "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) + "}"
 
 
 def align(training: Run, folder: Path) -> dict[str, float]:
@@ -30,7 +40,7 @@ def align(training: Run, folder: Path) -> dict[str, float]:
     seconds = time.perf_counter() - begun
     with training.averaged():
         training.policy.save(folder / "aligned")
-    trained = sum(float(line[name] or 0) for line in journal.read(folder) for name in PHASES)
+    trained = sum(float(line.get(name) or 0) for line in journal.read(folder) for name in PHASES)
     return {"seconds": trained, "seconds_with_checks": seconds}
 
 
