@@ -381,3 +381,14 @@ def test_half_precision_weights_are_replayed_exactly(folder, prompts) -> None:
     trajectory, _ = policy.rollout(batch_of(prompts))
     assert replays.largest(policy, policy.anchor(trajectory, whole(trajectory))) == 0
     assert policy.teach(batch_of(prompts), torch.arange(2)).isfinite().all()
+
+
+def test_cut_recordings_are_of_one_length_and_other_groups_hear_other_stretches(folder, prompts, tmp_path) -> None:
+    path = saved(tmp_path / "model", lambda: tiny("band gains"))
+    policy = load(model=str(path), plan=all_but_last, noise=folder / "noise", seconds=0.05, device="cpu")
+    policy.prepare(prompts)
+    assert policy.notes[-1] == "4 recordings of 400 to 400 samples at 8000 Hz"
+    _, samples = policy.rollout(requests(prompts, [1, 1], group_size=2, seed=0, iteration=0))
+    assert samples.audio.shape == (4, 1, 400) and (samples.audio_length == 400).all()
+    reference = samples.reference_audio
+    assert torch.equal(reference[0], reference[1]) and not torch.equal(reference[0], reference[2])
