@@ -152,11 +152,12 @@ class SpeechPolicy:
         """
         held: dict[int, Tensor] = {}
         for rows, step, x, given in self._recorded(trajectory):
-            part = trajectory.take(rows)
             if reference is not None:
                 with torch.no_grad(), reference.applied():
                     held = {step: self.steps.velocity(x, step, given)}
-            consume(Chunk(rows, torch.tensor([step]), self._evaluated(part, step, x, given, held.get(step))))
+            consume(
+                Chunk(rows, torch.tensor([step]), self._evaluated(trajectory, rows, step, x, given, held.get(step)))
+            )
 
     def _recorded(self, trajectory: Trajectory) -> Iterator[tuple[Tensor, int, Tensor, Given]]:
         """Rows, step, state and recordings of every call of a replay."""
@@ -164,37 +165,34 @@ class SpeechPolicy:
         for rows in calls(length, self.options.replay_rows):
             given = self.steps.given(trajectory.record["noisy"][rows, : int(length[rows[0]])])
             for step in trajectory.mask[rows].any(0).nonzero().flatten().tolist():
-                yield (
-                    rows,
-                    step,
-                    trajectory.record[f"state.{step}"][rows, ..., : given.centre.shape[-1]].to(given.centre),
-                    given,
-                )
+                yield rows, step, self._of(trajectory, f"state.{step}", rows, given).to(given.centre), given
 
-    def _evaluated(self, part: Trajectory, step: int, x: Tensor, given: Given, held: Tensor | None) -> Evaluation:
+    def _of(self, trajectory: Trajectory, name: str, rows: Tensor, given: Given) -> Tensor:
+        """What was recorded of a call's rows without its padding; (b, C, K, T)."""
+        return trajectory.record[name][rows, ..., : given.centre.shape[-1]]
+
+    def _evaluated(
+        self, trajectory: Trajectory, rows: Tensor, step: int, x: Tensor, given: Given, held: Tensor | None
+    ) -> Evaluation:
         """One step of a call's rows under today's weights; (b, 1) each."""
         velocity = self.steps.velocity(x, step, given)
 
         def recorded(name: str) -> Tensor:
-            return part.record[name][..., : given.centre.shape[-1]].to(velocity)
+            return self._of(trajectory, name, rows, given).to(velocity)
 
         def gaussian(of: Tensor) -> Gaussian:
             return self.steps.gaussian(x, of, step, given.centre)
 
         old = velocity.detach()
-        if f"anchor.{step}" in part.record:
+        if f"anchor.{step}" in trajectory.record:
             anchored = recorded(f"anchor.{step}")
             old = torch.where(anchored.isnan(), old, anchored)  # NaN: replayed before any update
         following, reduction = recorded(f"state.{step + 1}"), self.options.reduction
-        levels = self.steps.levels
-        decision = decisions.Part(
-            following,
-            gaussian(velocity),
-            gaussian(old),
-            None if held is None else gaussian(held),
-            levels[step].sigma - levels[step + 1].sigma,
-        )
-        gap = log_ratio(following, decision.old, gaussian(recorded(f"velocity.{step}")), reduction)
+        sampled = gaussian(recorded(f"velocity.{step}"))
+        reference = None if held is None else gaussian(held)
+        dt = (self.steps.levels[step].sigma - self.steps.levels[step + 1].sigma).to(velocity.device)
+        decision = decisions.Part(following, gaussian(velocity), gaussian(old), reference, dt)
+        gap = log_ratio(following, decision.old, sampled, reduction)
         return replace(decisions.evaluate([decision], reduction), sampler_gap=gap.unsqueeze(1))
 
     # -- training -----------------------------------------------------------------------------------------------

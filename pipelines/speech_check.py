@@ -18,7 +18,7 @@ from pipelines.speech_flow import enhance
 if TYPE_CHECKING:
     from pipelines.speech import SpeechPolicy
 
-NEAR = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}  # of a recording's size
+NEAR = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.05}  # of a recording's size
 
 
 def findings(policy: "SpeechPolicy", prompts: Sequence[Prompt]) -> list[Finding]:

@@ -24,7 +24,7 @@ from pipelines.speech_flow import enhance, matching_loss
 from pipelines.speech_models import Model
 from pipelines.speech_steps import Options
 
-S = 5
+S = 4
 EVERY = partial(all_but_last)
 SAMPLERS = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps, "ddim": partial(ddim, eta=0.5)}
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -107,10 +107,10 @@ def test_on_policy_log_ratios_are_exactly_0_for_recordings_of_any_lengths(name, 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_every_sampler_is_replayed_exactly_and_follows_the_weights(sampler, prompts, folder) -> None:
-    policy = policy_of(tiny("band gains"), folder, plan=partial(listed, indices=[0, 3]), sampler=sampler)
+    policy = policy_of(tiny("band gains"), folder, plan=partial(listed, indices=[0, 2]), sampler=sampler)
     trajectory, _ = policy.rollout(batch_of(prompts[:2]))
-    assert trajectory.mask.tolist() == [[True, False, False, True, False]] * 6
-    assert {name for name in trajectory.record if name.startswith("state")} == {f"state.{n}" for n in (0, 1, 3, 4)}
+    assert trajectory.mask.tolist() == [[True, False, True, False]] * 6
+    assert {name for name in trajectory.record if name.startswith("state")} == {f"state.{n}" for n in range(4)}
     anchored = policy.anchor(trajectory, whole(trajectory))
     assert replays.largest(policy, anchored) == 0
     shaken(policy, 1e-2)
@@ -205,8 +205,8 @@ def test_samples_of_a_group_hear_one_mixture_and_evaluations_the_same_each_time(
 @each_model
 def test_permuted_rows_give_permuted_results(name, prompts, folder) -> None:
     policy = policy_of(tiny(name), folder)
-    batch = batch_of(prompts, size=2)
-    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
+    batch = batch_of(prompts[1:3], size=2)
+    order = torch.tensor([2, 1, 3, 0])
     (trajectory, samples), (moved, others) = policy.rollout(batch), policy.rollout(batch.take(order))
     assert torch.allclose(samples.audio[order], others.audio, atol=1e-4)
     assert torch.equal(samples.reference_audio[order], others.reference_audio)
@@ -283,7 +283,7 @@ def test_teaching_lowers_the_loss(prompts, folder) -> None:
     policy = policy_of(tiny("band gains"), folder)
     optimizer = torch.optim.Adam(policy.trainable().values(), 3e-3)
     found = []
-    for iteration in range(40):
+    for iteration in range(25):
         batch = requests(prompts, [0, 1, 2, 3], group_size=1, seed=0, iteration=iteration)
         losses = policy.teach(batch, torch.arange(4))
         optimizer.zero_grad()
@@ -381,3 +381,14 @@ def test_half_precision_weights_are_replayed_exactly(folder, prompts) -> None:
     trajectory, _ = policy.rollout(batch_of(prompts))
     assert replays.largest(policy, policy.anchor(trajectory, whole(trajectory))) == 0
     assert policy.teach(batch_of(prompts), torch.arange(2)).isfinite().all()
+
+
+def test_cut_recordings_are_of_one_length_and_other_groups_hear_other_stretches(folder, prompts, tmp_path) -> None:
+    path = saved(tmp_path / "model", lambda: tiny("band gains"))
+    policy = load(model=str(path), plan=all_but_last, noise=folder / "noise", seconds=0.05, device="cpu")
+    policy.prepare(prompts)
+    assert policy.notes[-1] == "4 recordings of 400 to 400 samples at 8000 Hz"
+    _, samples = policy.rollout(requests(prompts, [1, 1], group_size=2, seed=0, iteration=0))
+    assert samples.audio.shape == (4, 1, 400) and (samples.audio_length == 400).all()
+    reference = samples.reference_audio
+    assert torch.equal(reference[0], reference[1]) and not torch.equal(reference[0], reference[2])
