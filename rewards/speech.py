@@ -6,7 +6,7 @@ is the run's. `timeout` seconds after its question a process is ended. Results d
 
 Each recording is averaged over its channels and cut to its `audio_length`. NaN, never a number: a recording that is silent
 (it moves less than a step of 16 bits), not finite or too short; a measure that failed, which is logged. NISQA and UTMOS are not
-here: no package of theirs that we trust brings its weights along. B samples, C channels, N audio samples.
+here: their weights are downloads. B samples, C channels, N audio samples.
 """
 
 import importlib
