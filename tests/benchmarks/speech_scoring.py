@@ -6,7 +6,8 @@ network that this process evaluates on one thread. Target: two processes take at
 What may overlap: training on policy cannot roll out the next batch before the update, and the update waits for the scores.
 So what scoring can hide behind is the rest of the same rollout: while its later calls are computed, its earlier ones are
 scored (`Measures.submit`). `beside_against_after` is that case at its best: as much rollout left as there is to score.
-On two cores two processes beside a rollout share the second core: `rollout_beside_against_alone` is what the rollout pays.
+On two cores two processes beside a rollout share the second core: `rollout_beside_against_alone` is what the rollout pays,
+and `own_processor_seconds` what of that is this process's own work for the scoring of one batch.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "measures": list(asked.measures),
         "cores": len(os.sched_getaffinity(0)),
         "two_against_one": scored,
+        "own_processor_seconds": own_seconds(lambda: two(batch)),
         "one_against_none": paired(lambda: one(batch), lambda: none(batch), asked.pairs),
     }
     for name, pool in (("one", one), ("two", two)):
@@ -114,6 +116,13 @@ def paired(first: Work, second: Work, pairs: int) -> dict[str, float]:
     taken, against = statistics.median(ones), statistics.median(others)
     found = {"ratio": middle, "low": low, "high": high, "fastest": min(ones) / min(others)}
     return found | {"seconds": taken, "against": against}
+
+
+def own_seconds(work: Work) -> float:
+    """Of this process's processor: what a rollout on the same core loses to the handing over of recordings."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def seconds(work: Work) -> float:
