@@ -6,7 +6,7 @@ is the run's. `timeout` seconds after its question a process is ended. Results d
 
 Each recording is averaged over its channels and cut to its `audio_length`. NaN, never a number: a recording that is silent
 (it moves less than a step of 16 bits), not finite or too short; a measure that failed, which is logged. NISQA and UTMOS are not
-here: no package of theirs that we trust brings its weights along. B samples, C channels, N audio samples.
+here: their weights are downloads. B samples, C channels, N audio samples.
 """
 
 import importlib
@@ -135,7 +135,7 @@ def tensors(answers: Mapping[Name, Sequence[Reply]]) -> dict[str, Tensor]:
     return found
 
 
-def measures(*, names: tuple[Name, ...], processes: int | None = None, timeout: float = 60.0) -> Measures:
+def measures(*, names: tuple[Name, ...], processes: int | None = None, timeout: float = 300.0) -> Measures:
     """Several measures side by side, as the rewards below have them one by one; "dnsmos" gives _sig, _bak and _ovr.
 
     The components share one weight, so this is for measures to watch (weight 0) or a sum of equal parts. Raises
@@ -190,7 +190,7 @@ def here(name: Name, samples: Samples) -> Tensor:
     return torch.tensor([torch.nan if reply.problem else reply.value[0] for reply in replies], dtype=torch.float32)
 
 
-def stoi(*, extended: bool = False, processes: int | None = None, timeout: float = 60.0) -> SpeechReward:
+def stoi(*, extended: bool = False, processes: int | None = None, timeout: float = 300.0) -> SpeechReward:
     """Short-time objective intelligibility, `extended` (ESTOI) or not; (B,), about 0 to 1. NaN below 0.4 s of speech.
 
     Source: Taal et al. 2011; Jensen and Taal 2016; computed by pystoi.
@@ -199,7 +199,7 @@ def stoi(*, extended: bool = False, processes: int | None = None, timeout: float
 
 
 def pesq(
-    *, band: Literal["wide", "narrow"] = "wide", processes: int | None = None, timeout: float = 60.0
+    *, band: Literal["wide", "narrow"] = "wide", processes: int | None = None, timeout: float = 300.0
 ) -> SpeechReward:
     """PESQ as a mean opinion score, wide (P.862.2, 16 kHz, 1.04 to 4.64) or narrow band (P.862.1, 8 kHz, 1.02 to 4.55).
 
@@ -208,7 +208,7 @@ def pesq(
     return single("pesq_wide" if band == "wide" else "pesq_narrow", processes, timeout)
 
 
-def dnsmos(*, part: Part = "ovr", processes: int | None = None, timeout: float = 60.0) -> SpeechReward:
+def dnsmos(*, part: Part = "ovr", processes: int | None = None, timeout: float = 300.0) -> SpeechReward:
     """DNSMOS P.835 without a reference: `part` is the speech, the background, or overall; (B,), 1 to 5.
 
     At 16 kHz (resampled), cut to [-1, 1]; NaN below 0.4 s. Alone it is won by clean babble: see `guarded`. Source: Reddy et
@@ -218,7 +218,7 @@ def dnsmos(*, part: Part = "ovr", processes: int | None = None, timeout: float =
     return lambda samples: reward(samples)[f"dnsmos_{part}"]
 
 
-def dnsmos_p808(*, processes: int | None = None, timeout: float = 60.0) -> SpeechReward:
+def dnsmos_p808(*, processes: int | None = None, timeout: float = 300.0) -> SpeechReward:
     """DNSMOS P.808, overall quality without a reference; (B,), 1 to 5. Source: Reddy et al. 2021 (arXiv 2010.15258)."""
     return single("dnsmos_p808", processes, timeout)
 

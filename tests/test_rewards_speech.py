@@ -1,5 +1,6 @@
 """Rewards of speech against worked numbers, the reference packages, and recordings that cannot be judged."""
 
+import json
 import logging
 import math
 import sys
@@ -10,6 +11,7 @@ import numpy
 import pystoi
 import pytest
 import torch
+from benchmarks import speech_scoring
 from scipy.signal import resample_poly
 from torch import Tensor
 
@@ -326,7 +328,7 @@ def test_a_recording_that_ends_the_code_of_pesq_is_nan_and_its_neighbour_has_its
         values = pesq(processes=1)(batch)
     assert values.isnan().tolist() == [True, False]
     assert [record.message for record in caplog.records] == [
-        "pesq_wide: 1 of 2 samples have no score: the process died or took more than 60 s (1)"
+        "pesq_wide: 1 of 2 samples have no score: the process died or took more than 300 s (1)"
     ]
 
 
@@ -366,7 +368,7 @@ def test_samples_that_cannot_be_judged_are_refused(spoken: Samples, change: dict
     [
         ({"names": []}, r"names is \[\]; expected some of si_sdr, "),
         ({"names": ["stoi", "stoi"]}, r"names is \['stoi', 'stoi'\]; expected some of"),
-        ({"names": ["stoi"], "processes": -1}, "processes is -1 and timeout 60.0 s; expected at least 0"),
+        ({"names": ["stoi"], "processes": -1}, "processes is -1 and timeout 300.0 s; expected at least 0"),
         ({"names": ["stoi"], "timeout": 0.0}, "timeout 0.0 s; expected at least 0 and more than 0"),
     ],
 )
@@ -436,3 +438,15 @@ def test_a_recipes_tables_build_a_guard(spoken: Samples):
         "floor": -20.0,
     }
     same(build(table, "rewards.quality")(spoken), [-20.0] * 3)
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_what_processes_and_overlap_cost(capsys: pytest.CaptureFixture[str]):
+    threads = torch.get_num_threads()
+    speech_scoring.main("--recordings 2 --seconds 1 --pairs 1 --measures stoi si_sdr".split())
+    torch.set_num_threads(threads)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["benchmark"] == "speech_scoring" and found["own_processor_seconds"] > 0
+    for name in ("two_against_one", "one_against_none", "beside_against_after/one", "beside_against_after/two"):
+        assert found[name].keys() == {"ratio", "low", "high", "fastest", "seconds", "against"}
+        assert found[name]["ratio"] == pytest.approx(found[name]["seconds"] / found[name]["against"])
