@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmgrpo.types import require_shape
 
@@ -69,20 +70,27 @@ class TimeEmbedding(nn.Module):
 
 
 class DilatedBlock(nn.Module):
-    """A residual convolution over frames whose normalised input is scaled and shifted by the time (FiLM)."""
+    """A residual convolution over frames whose normalised input is scaled and shifted by the time (FiLM).
+
+    Frames come before features and the three taps are laid side by side: a matrix product, faster here than `Conv1d`.
+    """
 
     def __init__(self, width: int, dilation: int, time_width: int) -> None:
         super().__init__()
-        self.normalise = nn.LayerNorm(width)  # over features, so that no frame and no recording matters to another
+        self.dilation = dilation  # frames between taps
+        self.normalise = nn.LayerNorm(width, elementwise_affine=False)  # of each frame: none depends on the length
         self.film = nn.Linear(time_width, 2 * width)
-        self.wide = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
-        self.narrow = nn.Conv1d(width, width, 1)
+        self.wide = nn.Linear(3 * width, width)
+        self.narrow = nn.Linear(width, width)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """(B, D, T), (B, time) -> (B, D, T)."""
-        scale, shift = self.film(time)[:, :, None].chunk(2, 1)
-        inner = self.normalise(x.transpose(1, 2)).transpose(1, 2) * (1 + scale) + shift
-        return x + self.narrow(nn.functional.silu(self.wide(nn.functional.silu(inner))))
+        """(B, T, D), (B, time) -> (B, T, D)."""
+        frames, apart = x.shape[1], self.dilation
+        scale, shift = self.film(time)[:, None].chunk(2, 2)
+        inner = functional.silu(self.normalise(x) * (1 + scale) + shift)
+        around = functional.pad(inner, (0, 0, apart, apart))
+        taps = torch.cat([around[:, :frames], inner, around[:, 2 * apart :]], 2)  # (B, T, 3 D)
+        return x + self.narrow(functional.silu(self.wide(taps)))
 
 
 class BandGainNetwork(nn.Module):
@@ -94,19 +102,19 @@ class BandGainNetwork(nn.Module):
         self.options: dict[str, object] = {"width": width, "blocks": blocks, "time_width": time_width}
         latent, condition, bands = channels
         self.time = TimeEmbedding(time_width)
-        self.enter = nn.Conv1d((latent + condition) * bands, width, 1)
+        self.enter = nn.Linear((latent + condition) * bands, width)
         self.blocks = nn.ModuleList(DilatedBlock(width, 2 ** (index % 6), time_width) for index in range(blocks))
         self.normalise = nn.LayerNorm(width)
-        self.leave = nn.Conv1d(width, 2 * latent * bands, 1)
+        self.leave = nn.Linear(width, 2 * latent * bands)
         zero(self.leave)
 
     def forward(self, x: Tensor, t: Tensor, noisy: Tensor) -> Tensor:
         """The velocity; (B, C, K, T), (B,), (B, Cc, K, T) -> (B, C, K, T)."""
         check_inputs(x, t, noisy, self.channels)
         time = self.time(t)
-        features = self.enter(torch.cat([x, noisy], 1).flatten(1, 2))  # (B, D, T)
+        features = self.enter(torch.cat([x, noisy], 1).flatten(1, 2).transpose(1, 2))  # (B, T, D)
         for block in self.blocks:
             features = block(features, time)
-        features = self.normalise(features.transpose(1, 2)).transpose(1, 2)
-        mask, rest = self.leave(features).unflatten(1, (2, *x.shape[1:3])).unbind(1)  # (B, C, K, T) each
+        parts = self.leave(self.normalise(features)).transpose(1, 2)  # (B, 2 C K, T)
+        mask, rest = parts.unflatten(1, (2, *x.shape[1:3])).unbind(1)  # (B, C, K, T) each
         return velocity(mask * x + rest, x, t)
