@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from mmgrpo.rows import Problem, Row, read_rows
+from mmgrpo.rows import Problem, Row, folder_of, read_rows
 from mmgrpo.seeds import derive
 from mmgrpo.types import Batch, Prompt
 
@@ -47,12 +47,16 @@ def load_prompts(
     id: str | None = None,
     media: Mapping[str, str] | None = None,
     target: str | None = None,
+    beside: Mapping[str, str] | None = None,
     split: str = "train",
     revision: str | None = None,
     limit: int | None = None,
 ) -> list[Prompt]:
     """Read prompts from a .jsonl, .csv or .txt file, a folder of Hugging Face `datasets`, or a hub dataset's name.
 
+    The source may also be a pattern of files ("noisy/*.flac"; "noisy/**/*.flac" with all folders inside): a prompt per
+    file, with the columns "file" and "prompt", the file's name without its ending; `beside` adds columns with the file of
+    the same name in other folders, {clean = "../clean"}.
     `text`, `id`, `target` and the values of `media` (medium -> column) name columns; a .txt file has one prompt a line
     and the single column "prompt". The text may be the messages of a chat, a medium a list of paths, empty for a prompt
     without it. Without `id`, ids count the rows from 0. Media paths are relative to the data file
@@ -65,13 +69,13 @@ def load_prompts(
     columns = Columns(text, id, media or {}, target)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1")
-    path = Path(source)
-    entries = list(itertools.islice(read_rows(source, set(columns.media.values()), split, revision), limit))
+    read = read_rows(source, set(columns.media.values()), split, revision, beside or {})
+    entries = list(itertools.islice(read, limit))
     rows = [entry for entry in entries if isinstance(entry, Row)]
     broken = [entry for entry in entries if isinstance(entry, Problem)]
     if not entries:
         raise ValueError(f"{source} holds no prompts")
-    folder = path.parent if path.is_file() else path
+    folder = folder_of(source)
     found = (_missing_columns(rows, columns), _bad_cells(rows, columns, folder), _repeated_ids(rows, columns.id))
     problems = sorted(itertools.chain(broken, *found), key=lambda problem: problem.line)
     if problems:

@@ -1,6 +1,7 @@
-"""Records of data files and of Hugging Face data sets, each with the line where it begins."""
+"""Records of data files, of folders of files and of Hugging Face data sets, each with the line where it begins."""
 
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE_KINDS = (".jsonl", ".csv", ".txt")
+WILDCARDS = frozenset("*?[")
 
 
 class Row(NamedTuple):
@@ -24,14 +26,22 @@ class Problem(NamedTuple):
     text: str
 
 
-def read_rows(source: str, media_columns: Set[str], split: str, revision: str | None) -> Iterator[Row | Problem]:
-    """Records of a .jsonl, .csv or .txt file, of a folder of `datasets`, or of a hub data set; broken ones as problems.
+def read_rows(
+    source: str, media_columns: Set[str], split: str, revision: str | None, beside: Mapping[str, str]
+) -> Iterator[Row | Problem]:
+    """Records of a .jsonl, .csv or .txt file, of files that match a pattern, of a folder of `datasets`, or of a hub data set.
 
-    A text file has one record a line, with the single column "prompt"; blank lines are skipped. `split`, `revision` and
-    `media_columns` concern data sets alone: encoded media in `media_columns` become paths, those in other columns are
-    left out. Raises ValueError if the source cannot be read at all.
+    Broken ones are problems. A text file has one record a line, with the single column "prompt"; blank lines are skipped.
+    Files are records in the order of their names, with the columns "file" and "prompt" (its name without the ending) and
+    those of `beside`, which concerns them alone. `split`, `revision` and `media_columns` concern data sets alone: encoded
+    media in `media_columns` become paths, those in other columns are left out. Raises ValueError if the source cannot be
+    read at all.
     """
     path = Path(source)
+    if is_pattern(source):
+        return _file_rows(source, beside)
+    if beside:
+        raise ValueError(f"beside is {dict(beside)}, but {source} is no pattern of files such as 'noisy/*.flac'")
     if source.endswith(FILE_KINDS) and not path.is_file():
         raise ValueError(f"{source} does not exist")
     if not path.is_file():
@@ -46,6 +56,39 @@ def read_rows(source: str, media_columns: Set[str], split: str, revision: str | 
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
     return readers[path.suffix.lower()](content)
+
+
+def is_pattern(source: str) -> bool:
+    """Whether the source is a pattern of files such as "noisy/*.flac", rather than one file of that name."""
+    return not WILDCARDS.isdisjoint(source) and not Path(source).exists()
+
+
+def folder_of(source: str) -> Path:
+    """What the paths in the records are relative to: the part of a pattern before its wildcards, a file's own folder."""
+    path = Path(source)
+    if is_pattern(source):
+        first = next(place for place, part in enumerate(path.parts) if not WILDCARDS.isdisjoint(part))
+        return Path(*path.parts[:first])
+    return path.parent if path.is_file() else path
+
+
+def _file_rows(source: str, beside: Mapping[str, str]) -> Iterator[Row | Problem]:
+    """One record a file; `beside` maps columns to folders, relative to the pattern's, with a file of the same name."""
+    folder = folder_of(source)
+    pattern = str(Path(source).relative_to(folder))
+    names = sorted(Path(name).as_posix() for name in glob.glob(pattern, root_dir=folder, recursive=True))
+    taken = {"file", "prompt"} & beside.keys()
+    if taken:
+        raise ValueError(f"beside names column {min(taken)!r}, which is the file's own; expected another name")
+    for line, name in enumerate((name for name in names if (folder / name).is_file()), start=1):
+        others = {column: (Path(other) / name).as_posix() for column, other in beside.items()}
+        missing = [
+            f"{column!r}: {folder / other}" for column, other in others.items() if not (folder / other).is_file()
+        ]
+        if missing:
+            yield Problem(line, f"{name} has no file of its name for column {', '.join(missing)} does not exist")
+        else:
+            yield Row(line, line, {"file": name, "prompt": Path(name).stem, **others})
 
 
 def _jsonl_rows(content: str) -> Iterator[Row | Problem]:

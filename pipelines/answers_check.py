@@ -3,7 +3,7 @@
 Axes: b answers of one batch, T tokens of the longest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmgrpo.data import requests
 from mmgrpo.types import Finding, Prompt, Trajectory
+from pipelines import replays
 from pipelines.answers import Answers
 
 if TYPE_CHECKING:
@@ -64,58 +65,20 @@ def findings(policy: "LanguagePolicy", prompts: Sequence[Prompt]) -> list[Findin
     answers = policy.answers
     part = random_answers(answers, prompts)
     anchored = policy.anchor(part, [torch.arange(len(part))])
-    exact = evaluated(policy, anchored)
-    found = [Finding(exact == 0, "replay", f"largest |log-ratio| between two replays {exact:.1e}; expected exactly 0")]
-    first = gradient(policy, part)
-    norm = torch.stack([value.norm() for value in first.values()]).norm()
-    found.append(Finding(bool(norm > 0 and norm.isfinite()), "gradient", f"norm {float(norm):.3e} of the log-probs"))
+    first = replays.gradient(policy, part)
+    found = [replays.exact(policy, anchored), replays.reached(first)]
     if answers.shared:
-        answers.shared = False
-        plain = gradient(policy, part)
-        answers.shared = True
-        error = torch.stack([(first[name] - plain[name]).norm() for name in first]).norm() / norm
-        limit = (
-            10 * NEAR[answers.model.dtype] if answers.options.autocast is None else 10 * NEAR[answers.options.autocast]
-        )
-        found.append(
-            Finding(
-                bool(error < limit), "shared prompt", f"gradient differs from the plain way's by {float(error):.1e}"
-            )
-        )
-    found.append(follows_the_weights(policy, anchored, first, norm))
-    return found
+        found.append(shared_gradient(policy, part, first))
+    return [*found, replays.follows_the_weights(policy, anchored, first)]
 
 
-def evaluated(policy: "LanguagePolicy", trajectory: Trajectory) -> float:
-    """The largest |log-ratio| of a replay."""
-    worst: list[Tensor] = []
-    with torch.no_grad():
-        policy.replay(trajectory, lambda chunk: worst.append(chunk.evaluation.log_ratio.abs().max()))
-    return float(torch.stack(worst).max())
-
-
-def gradient(policy: "LanguagePolicy", part: Trajectory) -> dict[str, Tensor]:
-    """Of the sum of all log-probs, by parameter; float32."""
-    policy.replay(part, lambda chunk: chunk.evaluation.log_ratio.sum().backward())
-    found = {name: value.grad.float() for name, value in policy.trainable().items() if value.grad is not None}
-    for value in policy.trainable().values():
-        value.grad = None
-    return found
-
-
-@torch.no_grad()
-def follows_the_weights(
-    policy: "LanguagePolicy", anchored: Trajectory, slope: dict[str, Tensor], norm: Tensor
-) -> Finding:
-    """A step along the gradient changes the log-ratio: it is not identically 0."""
-    trained, before = policy.trainable(), {}
-    size = 1e-2 * torch.stack([trained[name].float().norm() for name in slope]).norm() / norm
-    for name, value in slope.items():
-        before[name] = trained[name].clone()
-        trained[name].add_((size * value).to(trained[name]))
-    moved = evaluated(policy, anchored)
-    for name, value in before.items():
-        trained[name].copy_(value)
-    return Finding(
-        moved > 0, "ratio", f"largest |log-ratio| {moved:.1e} after a step along the gradient; expected above 0"
-    )
+def shared_gradient(policy: "LanguagePolicy", part: Trajectory, shared: Mapping[str, Tensor]) -> Finding:
+    """Prompts that are read once give the gradient of the plain way."""
+    answers = policy.answers
+    answers.shared = False
+    plain = replays.gradient(policy, part)
+    answers.shared = True
+    error = replays.norm({name: shared[name] - plain[name] for name in shared}) / replays.norm(shared)
+    limit = 10 * NEAR[answers.model.dtype if answers.options.autocast is None else answers.options.autocast]
+    said = f"gradient differs from the plain way's by {float(error):.1e}"
+    return Finding(bool(error < limit), "shared prompt", said)

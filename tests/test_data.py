@@ -273,3 +273,53 @@ def test_a_prompt_may_have_no_picture_or_several(tmp_path):
     assert media == [{}, {"image": (tmp_path / "a.png", tmp_path / "b.png")}, {"image": (tmp_path / "a.png",)}]
     source = write(tmp_path / "p.jsonl", json.dumps({"prompt": "x", "images": ["a.png", "c.png"]}))
     assert "does not exist" in problems(source, media={"image": "images"})[0]
+
+
+def test_a_pattern_of_files_is_a_prompt_per_file_in_the_order_of_their_names(tmp_path):
+    for name in ("clean/b.flac", "clean/a.flac", "clean/more/c.flac", "clean/a.txt", "other/a.flac"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("sound")
+    (tmp_path / "clean/d.flac").mkdir()  # a folder is no file
+    prompts = load_prompts(f"{tmp_path}/clean/*.flac", media={"clean": "file"})
+    folder = tmp_path / "clean"
+    assert prompts == [
+        Prompt(0, "a", {"clean": (folder / "a.flac",)}),
+        Prompt(1, "b", {"clean": (folder / "b.flac",)}),
+    ]
+    deep = load_prompts(f"{tmp_path}/clean/**/*.flac", media={"clean": "file"})
+    assert [prompt.media["clean"] for prompt in deep] == [
+        (folder / name,) for name in ("a.flac", "b.flac", "more/c.flac")
+    ]
+    assert [prompt.text for prompt in deep] == ["a", "b", "c"]
+    assert [prompt.text for prompt in load_prompts(f"{tmp_path}/*/a.flac")] == ["a", "a"]
+
+
+def test_paired_folders_put_the_file_of_the_same_name_beside_and_missing_ones_are_named(tmp_path):
+    for name in ("noisy/a.wav", "noisy/s/b.wav", "noisy/s/c.wav", "noisy/d.wav", "clean/a.wav", "clean/s/b.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("sound")
+    options = {"media": {"noisy": "file", "clean": "clean"}, "beside": {"clean": "../clean"}}
+    found = problems(f"{tmp_path}/noisy/**/*.wav", **options)
+    assert [line.split(" has no")[0] for line in found] == ["2: d.wav", "4: s/c.wav"]
+    assert found[0].endswith("for column 'clean': " + f"{tmp_path}/noisy/../clean/d.wav does not exist")
+    (tmp_path / "noisy/d.wav").unlink()
+    (tmp_path / "noisy/s/c.wav").unlink()
+    prompts = load_prompts(f"{tmp_path}/noisy/**/*.wav", **options)
+    assert [(prompt.media["noisy"][0].name, prompt.media["clean"][0].resolve()) for prompt in prompts] == [
+        ("a.wav", tmp_path / "clean/a.wav"),
+        ("b.wav", tmp_path / "clean/s/b.wav"),
+    ]
+
+
+def test_a_pattern_without_files_and_a_folder_beside_no_pattern_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\*\.wav holds no prompts"):
+        load_prompts(f"{tmp_path}/*.wav")
+    with pytest.raises(ValueError, match="is no pattern of files"):
+        load_prompts(write(tmp_path / "p.txt", "a"), beside={"clean": "../clean"})
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(ValueError, match="beside names column 'file'"):
+        load_prompts(f"{tmp_path}/*.wav", beside={"file": "../clean"})
+
+
+def test_a_file_whose_name_holds_wildcards_is_that_file(tmp_path):
+    assert [prompt.text for prompt in load_prompts(write(tmp_path / "a[1].txt", "one\ntwo"))] == ["one", "two"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmgrpo.objectives import clipped
 from mmgrpo.shadow import Reference
 from mmgrpo.types import Chunk, Evaluation, Prompt, Trajectory
-from pipelines import answers_check
+from pipelines import replays
 from pipelines.answers import Options
 from pipelines.conversation import Reading
 from pipelines.sampling import Sampling
@@ -47,7 +47,7 @@ def log_probs(policy: LanguagePolicy, trajectory: Trajectory) -> Tensor:
 
 
 def gradients(policy: LanguagePolicy, trajectory: Trajectory) -> dict[str, Tensor]:
-    return answers_check.gradient(policy, trajectory)
+    return replays.gradient(policy, trajectory)
 
 
 def by_the_library(policy: LanguagePolicy, prompt: Prompt, token: Tensor) -> Tensor:

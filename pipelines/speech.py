@@ -1,0 +1,293 @@
+"""A flow over speech as a policy: it enhances noisy recordings, each denoising step is one decision.
+
+`pipelines/recordings.py` makes the recordings, `pipelines/speech_steps.py` the steps; this file holds what an optimizer asks.
+Axes: B samples, b those of one call, N samples of a waveform, C channels, K bands or frequencies, T frames, S steps.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.functional import pad
+
+from mmgrpo import seeds
+from mmgrpo.schedules import Plan
+from mmgrpo.toml import nearest
+from mmgrpo.transitions import Gaussian, flow_sde, log_ratio
+from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
+from pipelines import decisions, recordings, speech_check, speech_models
+from pipelines.recordings import Heard, Mixing, hear
+from pipelines.recordings_check import check
+from pipelines.speech_flow import matching_loss
+from pipelines.speech_models import Model
+from pipelines.speech_steps import Given, Options, Sampler, Steps, calls
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class SpeechPolicy:
+    """A flow over speech as a policy."""
+
+    whole_samples = False  # a replay hands over one step at a time
+
+    def __init__(
+        self,
+        model: Model,
+        options: Options,
+        plan: Plan,
+        mixing: Mixing,
+        *,
+        train: Sequence[str] = (),
+        clipped: float = 0.001,
+    ) -> None:
+        if mixing.rate != model.representation.rate:
+            raise ValueError(
+                f"recordings come at {mixing.rate} Hz; expected {model.representation.rate}, the model's rate"
+            )
+        self.steps = Steps(model, options)
+        self.plan = plan
+        self.mixing = mixing
+        self.clipped = clipped
+        self.longest = 0  # samples of any prompt; records are padded to it, so that rollouts can be joined
+        self.notes = [choose_trained(model.network, train)]
+
+    @property
+    def model(self) -> Model:
+        return self.steps.model
+
+    @property
+    def options(self) -> Options:
+        return self.steps.options
+
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Read every recording; raises one ValueError that lists all that cannot be used."""
+        check(prompts, self.mixing, self.clipped)
+        lengths = [recordings.length(prompt, self.mixing) for prompt in prompts]
+        self.longest = max(lengths)
+        self.notes.append(
+            f"{len(prompts)} recordings of {min(lengths)} to {self.longest} samples at {self.mixing.rate} Hz"
+        )
+
+    # -- rollout ------------------------------------------------------------------------------------------------
+
+    def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
+        """One enhanced recording per row; the rows of a group hear the same. Each depends on its ids alone, up to rounding."""
+        return self.walked(batch, self.plan(self.options.steps, batch.iteration, batch.seed))
+
+    def generate(self, batch: Batch) -> Samples:
+        """One enhanced recording per row with the noise of the sampler off."""
+        return self.walked(batch, torch.zeros(self.options.steps, dtype=torch.bool))[1]
+
+    @torch.no_grad()
+    def walked(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
+        """One enhanced recording per row, and its decisions; the planned steps, (S,) bool, are stochastic and trained."""
+        heard = hear(batch, self.mixing)
+        record, audio = {"length": heard.length}, torch.zeros_like(heard.clean)
+        longest = max(self.longest, heard.noisy.shape[1])
+        if planned.any():
+            record["noisy"] = pad(heard.noisy, (0, longest - heard.noisy.shape[1]))
+        for rows in calls(heard.length, self.options.rollout_rows):
+            audio[rows, : int(heard.length[rows[0]])] = self._walk(batch, heard, rows, planned, record)
+        mask = planned.expand(len(batch), -1).clone()
+        samples = Samples(
+            batch,
+            audio=audio.unsqueeze(1),
+            rate=self.mixing.rate,
+            reference_audio=heard.clean.unsqueeze(1),
+            audio_length=heard.length,
+        )
+        return Trajectory(batch, mask, torch.zeros_like(mask, dtype=torch.int64), record), samples
+
+    def _walk(self, batch: Batch, heard: Heard, rows: Tensor, planned: Tensor, record: dict[str, Tensor]) -> Tensor:
+        """From noise to clean recordings, (b, N); what planned steps need for a replay is put into the record."""
+        given = self.steps.given(heard.noisy[rows, : int(heard.length[rows[0]])])
+        shape, ids = given.centre.shape[1:], batch.sample[rows].tolist()
+
+        def keep(name: str, value: Tensor) -> None:
+            if name not in record:
+                latent = self.steps.latent(max(self.longest, heard.noisy.shape[1]))
+                record[name] = torch.zeros(len(batch), *latent, dtype=value.dtype)
+            record[name][rows, ..., : shape[-1]] = value.cpu()
+
+        x = given.centre + fresh_noise(batch.seed, ids, "start", shape).to(given.centre)
+        for step, stochastic in enumerate(planned.tolist()):
+            velocity = self.steps.velocity(x, step, given)
+            mean, std = self.steps.gaussian(x, velocity, step, given.centre, stochastic)
+            if stochastic:
+                keep(f"state.{step}", x)
+                keep(f"velocity.{step}", velocity)
+                mean = mean + std * fresh_noise(batch.seed, ids, step, shape).to(mean)
+            x = mean.float()
+            if stochastic:
+                keep(f"state.{step + 1}", x)
+        return self.steps.decode(x, given)
+
+    # -- replay -------------------------------------------------------------------------------------------------
+
+    def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
+        """The trajectory with the velocities under today's weights, in the calls of the coming replays."""
+        record = dict(trajectory.record)
+        for part in parts:
+            taken = trajectory.take(part)
+            for rows, step, x, given in self._recorded(taken):
+                with torch.enable_grad():  # the kernels of a replay, which may differ from those without a gradient
+                    found = self.steps.velocity(x, step, given).detach().cpu()
+                name, like = f"anchor.{step}", record[f"velocity.{step}"]
+                if name not in record:
+                    record[name] = torch.full(like.shape, torch.nan, dtype=found.dtype)
+                record[name][part[rows], ..., : found.shape[-1]] = found
+        return replace(trajectory, record=record)
+
+    def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
+        """Evaluate one trained step of a few rows at a time, with gradient; `consume` may run backward.
+
+        Without an anchor today's weights are those that sampled: a log-ratio compares each step with its own velocity.
+        """
+        held: dict[int, Tensor] = {}
+        for rows, step, x, given in self._recorded(trajectory):
+            part = trajectory.take(rows)
+            if reference is not None:
+                with torch.no_grad(), reference.applied():
+                    held = {step: self.steps.velocity(x, step, given)}
+            consume(Chunk(rows, torch.tensor([step]), self._evaluated(part, step, x, given, held.get(step))))
+
+    def _recorded(self, trajectory: Trajectory) -> Iterator[tuple[Tensor, int, Tensor, Given]]:
+        """Rows, step, state and recordings of every call of a replay."""
+        length = trajectory.record["length"]
+        for rows in calls(length, self.options.replay_rows):
+            given = self.steps.given(trajectory.record["noisy"][rows, : int(length[rows[0]])])
+            for step in trajectory.mask[rows].any(0).nonzero().flatten().tolist():
+                yield (
+                    rows,
+                    step,
+                    trajectory.record[f"state.{step}"][rows, ..., : given.centre.shape[-1]].to(given.centre),
+                    given,
+                )
+
+    def _evaluated(self, part: Trajectory, step: int, x: Tensor, given: Given, held: Tensor | None) -> Evaluation:
+        """One step of a call's rows under today's weights; (b, 1) each."""
+        velocity = self.steps.velocity(x, step, given)
+
+        def recorded(name: str) -> Tensor:
+            return part.record[name][..., : given.centre.shape[-1]].to(velocity)
+
+        def gaussian(of: Tensor) -> Gaussian:
+            return self.steps.gaussian(x, of, step, given.centre)
+
+        old = velocity.detach()
+        if f"anchor.{step}" in part.record:
+            anchored = recorded(f"anchor.{step}")
+            old = torch.where(anchored.isnan(), old, anchored)  # NaN: replayed before any update
+        following, reduction = recorded(f"state.{step + 1}"), self.options.reduction
+        levels = self.steps.levels
+        decision = decisions.Part(
+            following,
+            gaussian(velocity),
+            gaussian(old),
+            None if held is None else gaussian(held),
+            levels[step].sigma - levels[step + 1].sigma,
+        )
+        gap = log_ratio(following, decision.old, gaussian(recorded(f"velocity.{step}")), reduction)
+        return replace(decisions.evaluate([decision], reduction), sampler_gap=gap.unsqueeze(1))
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def teach(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Flow-matching losses of the given rows, with gradient; time and noise follow from their sample ids; -> (b,)."""
+        part = batch.take(rows)
+        heard, losses = hear(part, self.mixing), torch.zeros(len(part), device=self.steps.device)
+        for places in calls(heard.length, len(part)):
+            length, ids = int(heard.length[places[0]]), part.sample[places].tolist()
+            clean, noisy = (wave[places, :length].to(losses.device) for wave in (heard.clean, heard.noisy))
+            t = torch.stack([uniform(seeds.derive(part.seed, one, "teach", "time")) for one in ids]).to(losses)
+            eps = fresh_noise(part.seed, ids, "teach", self.steps.latent(length)).to(losses)
+            losses = losses.index_put((places,), matching_loss(self.steps.precise, clean, noisy, t, eps).to(losses))
+        return losses
+
+    def trainable(self) -> dict[str, Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: value for name, value in self.model.network.named_parameters() if value.requires_grad}
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Raises ValueError: a network of speech has no adapters."""
+        raise ValueError("reference.kind is 'adapters_off', but a speech policy has no adapters; expected 'frozen'")
+
+    def self_test(self, prompts: Sequence[Prompt]) -> list[Finding]:
+        """What must hold before training, on a few of the run's prompts."""
+        return [*(Finding(True, "model", note) for note in self.notes), *speech_check.findings(self, prompts)]
+
+    def save(self, folder: Path) -> None:
+        """The model's folder, as `pipelines.speech_models.load` reads it."""
+        speech_models.save(folder, self.model.network, self.model.representation)
+
+
+def fresh_noise(seed: int, ids: Sequence[int], what: int | str, shape: Sequence[int]) -> Tensor:
+    """Standard-normal noise of each sample id for a step or another purpose; -> (b, *shape) on the CPU."""
+    return seeds.normal([seeds.derive(seed, one, what) for one in ids], shape)
+
+
+def uniform(seed: int) -> Tensor:
+    """A number in [0, 1); ()."""
+    return torch.rand((), generator=recordings.generator(seed))
+
+
+def choose_trained(network: nn.Module, patterns: Sequence[str]) -> str:
+    """Freeze all but the parameters whose names match a pattern (all of them without any); -> a note.
+
+    Raises ValueError if a pattern matches nothing.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"policy.train: no parameter matches {pattern!r}{nearest(pattern, names)}")
+    count = 0
+    for name, value in network.named_parameters():
+        value.requires_grad_(not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        count += value.numel() if value.requires_grad else 0
+    network.eval()  # dropout would turn the ratio into noise
+    return f"{count:,} trained parameters in {type(network).__name__}"
+
+
+def load(
+    *,
+    model: str,
+    plan: Plan,
+    sampler: Sampler = flow_sde,
+    steps: int = 10,
+    network: str | None = None,
+    train: tuple[str, ...] = (),
+    reduction: Literal["mean", "sum"] = "mean",
+    noise: Path | None = None,
+    snr: tuple[float, float] = (0.0, 10.0),
+    impulses: Path | None = None,
+    seconds: float | None = None,
+    resample: bool = True,
+    clipped: float = 0.001,
+    rollout_rows: int = 16,
+    replay_rows: int = 16,
+    dtype: Precision = "float32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    autocast: Precision | None = None,
+) -> SpeechPolicy:
+    """A policy from a folder of `pipelines.speech_models`.
+
+    plan: which of the steps are stochastic and trained; sampler: how. network: "path/to/file.py:Class" for weights of a
+    network of your own. train: patterns of the names of trained parameters ("blocks.*"), by default all. reduction: over
+    the latent elements of a step. noise, impulses: folders of noise and of room impulse responses, for prompts without a
+    noisy recording; snr: lowest and highest, dB. seconds: longer recordings are cut to it at random. resample: convert
+    recordings of other rates. clipped: share of samples at full scale that a recording may have. rollout_rows,
+    replay_rows: recordings computed at once. dtype: of the weights; autocast: of the network's computation.
+    """
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = speech_models.load(Path(model), network)
+    loaded.network.to(place, getattr(torch, dtype))
+    kind = None if autocast is None else getattr(torch, autocast)
+    options = Options(steps, sampler, reduction, rollout_rows, replay_rows, kind)
+    mixing = Mixing(loaded.representation.rate, resample, seconds, noise, snr, impulses)
+    return SpeechPolicy(loaded, options, plan, mixing, train=train, clipped=clipped)
