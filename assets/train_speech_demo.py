@@ -9,6 +9,7 @@ C channels, K bands, T frames.
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -36,7 +37,7 @@ from pipelines.speech_models import Model
 from pipelines.speech_networks import BandGainNetwork
 from pipelines.speech_representations import BandGains
 
-BATCH, CROP = 16, 8 * RATE // 5  # recordings a step, their length
+BATCH, CROP = 8, 8 * RATE // 5  # recordings a step, their length
 RATE_OF_LEARNING, WARM, DECAY = 1.5e-3, 100, 0.999  # at first, steps to reach it, EMA
 DECIBELS = (-2.0, 12.0)  # wider than those of the demo, whose ends are then no ends of the training
 NOISE_DRAWS, NOISE_SECONDS = 40, 4  # of each kind
@@ -188,14 +189,14 @@ def table(model: Model, pairs: Pairs) -> Mapping[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
     parser.add_argument("--further", type=int, default=800, help="steps trained after saving, to see what more would give")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--peak", type=float, default=RATE_OF_LEARNING)
     parser.add_argument("--folder", type=Path, default=FOLDER / "base")
-    parser.add_argument("--report-every", type=int, default=500, help="steps")
+    parser.add_argument("--report-every", type=int, default=1000, help="steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -208,6 +209,7 @@ def main() -> None:
     def report(step: int) -> None:
         heard = [enhanced(model, noisy, 6, row) for row, (_, noisy) in enumerate(pairs)]
         print(step, f"{time.process_time() - start:.0f} s", measure(pairs, heard), flush=True)
+        speech_models.save(options.folder, copy.deepcopy(network).to(torch.bfloat16), representation)
 
     train(model, given, options.steps, options.peak, options.seed, report, options.report_every)
     speech_models.save(options.folder, network.to(torch.bfloat16), representation)
