@@ -29,7 +29,10 @@ from assets.speech_noises import COMMON, RATE, Wave, draw, unit
 from mmgrpo.seeds import derive
 
 FOLDER = HERE / "speech_demo"
-LEVEL, STEP = 0.03, 2**-11  # root mean square of every clean recording, and what all samples are multiples of: small files
+LEVEL, STEP = (
+    0.03,
+    2**-11,
+)  # root mean square of every clean recording, and what all samples are multiples of: small files
 QUIET, MARGIN = 0.01, RATE // 20  # share of the peak below which ends are cut, samples kept at either end
 GRID = RATE // 5  # samples; lengths are multiples, so that recordings can be put into batches
 DECIBELS = (0.0, 10.0)  # of the clean recording over the noise

@@ -67,7 +67,9 @@ def clatter(random: Generator, samples: int) -> Wave:
     wave, ring = np.zeros(samples), np.arange(RATE // 5) / RATE
     for start in random.integers(0, samples, int(samples / RATE * random.uniform(6, 14))):
         tones = random.uniform(400, 6000, 4)[:, None]
-        blow = (np.sin(2 * np.pi * tones * ring + random.uniform(0, 6, (4, 1)))).sum(0) + random.standard_normal(len(ring))
+        blow = (np.sin(2 * np.pi * tones * ring + random.uniform(0, 6, (4, 1)))).sum(0) + random.standard_normal(
+            len(ring)
+        )
         blow *= np.exp(-ring * random.uniform(25, 90)) * random.uniform(0.3, 1.0)
         wave[start : start + len(ring)] += blow[: samples - start]
     return unit(unit(wave) + 0.15 * white(random, samples))
@@ -103,7 +105,9 @@ def vacuum(random: Generator, samples: int) -> Wave:
     """A motor's whine with harmonics, beside rushing air."""
     turns = np.cumsum(random.uniform(180, 420) * slow(random, samples, 3, 0.02)) / RATE
     whine = sum(np.sin(2 * np.pi * (order * turns + random.random())) / order**0.7 for order in range(1, 12))
-    return unit(unit(np.asarray(whine)) * 0.7 + band(random, samples, random.uniform(200, 500), random.uniform(3500, 6000)))
+    return unit(
+        unit(np.asarray(whine)) * 0.7 + band(random, samples, random.uniform(200, 500), random.uniform(3500, 6000))
+    )
 
 
 def babble(random: Generator, samples: int, voices: Sequence[Wave]) -> Wave:

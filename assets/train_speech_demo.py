@@ -73,14 +73,20 @@ def window(wave: Tensor, samples: int, random: np.random.Generator) -> Tensor:
 def mixtures(given: Bank, random: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Clean and noisy recordings, (B, N) each."""
     while True:
-        clean = torch.stack([window(given.speech[row], CROP, random) for row in random.integers(0, len(given.speech), BATCH)])
-        noise = torch.stack([window(given.noises[row], CROP, random) for row in random.integers(0, len(given.noises), BATCH)])
+        clean = torch.stack(
+            [window(given.speech[row], CROP, random) for row in random.integers(0, len(given.speech), BATCH)]
+        )
+        noise = torch.stack(
+            [window(given.noises[row], CROP, random) for row in random.integers(0, len(given.noises), BATCH)]
+        )
         decibels = torch.from_numpy(random.uniform(*DECIBELS, (BATCH, 1))).float()
         power = clean.square().mean(1, keepdim=True) / noise.square().mean(1, keepdim=True).clamp_min(1e-6)
         yield LEVEL * clean, LEVEL * (clean + noise * power.sqrt() * 10 ** (-decibels / 20))
 
 
-def train(model: Model, given: Bank, steps: int, peak: float, seed: int, report: Callable[[int], None], every: int) -> None:
+def train(
+    model: Model, given: Bank, steps: int, peak: float, seed: int, report: Callable[[int], None], every: int
+) -> None:
     """AdamW with a warm-up and a half cosine to 0; every `every` steps `report` sees the averaged weights, which stay at the end."""
     weights = list(model.network.parameters())
     average = [weight.detach().clone() for weight in weights]
@@ -118,7 +124,10 @@ def pairs_of(part: str) -> Pairs:
     """The shipped clean and noisy recordings of a part."""
     rows = [json.loads(line) for line in (FOLDER / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
-        (soundfile.read(FOLDER / row["clean"], dtype="float32")[0], soundfile.read(FOLDER / row["noisy"], dtype="float32")[0])
+        (
+            soundfile.read(FOLDER / row["clean"], dtype="float32")[0],
+            soundfile.read(FOLDER / row["noisy"], dtype="float32")[0],
+        )
         for row in rows
     ]
 
@@ -190,7 +199,9 @@ def table(model: Model, pairs: Pairs) -> Mapping[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
-    parser.add_argument("--further", type=int, default=800, help="steps trained after saving, to see what more would give")
+    parser.add_argument(
+        "--further", type=int, default=800, help="steps trained after saving, to see what more would give"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=6)
@@ -204,7 +215,13 @@ def main() -> None:
     representation = BandGains()
     network = BandGainNetwork(representation.channels(), width=options.width, blocks=options.blocks)
     model, start = Model(network, representation), time.process_time()
-    print(sum(weight.numel() for weight in network.parameters()), "parameters", len(given.speech), "utterances", flush=True)
+    print(
+        sum(weight.numel() for weight in network.parameters()),
+        "parameters",
+        len(given.speech),
+        "utterances",
+        flush=True,
+    )
 
     def report(step: int) -> None:
         heard = [enhanced(model, noisy, 6, row) for row, (_, noisy) in enumerate(pairs)]
