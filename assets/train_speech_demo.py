@@ -1,7 +1,7 @@
 """Train the start of the speech demo: a small flow over band gains, on mixtures of synthesised speech and drawn noises.
 
     apt-get install -y espeak-ng
-    pip install pesq pystoi speechmos
+    pip install mmgrpo[pesq]
     OMP_NUM_THREADS=1 python assets/train_speech_demo.py
 
 writes assets/speech_demo/base and prints what it does to the validation pairs. Axes: B recordings, N samples at 16 kHz,
@@ -10,38 +10,40 @@ C channels, K bands, T frames.
 
 import argparse
 import copy
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
-from pesq import pesq
-from pystoi import stoi
-from speechmos import dnsmos
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # runs from a plain checkout
 
 from assets.make_speech_demo import FOLDER, LEVEL, NOISES, spoken
-from assets.speech_noises import RATE, Wave, draw
-from mmgrpo.seeds import derive, normal
-from mmgrpo.transitions import Level, Step, flow_sde, from_velocity
+from assets.speech_noises import RATE, draw
+from mmgrpo.data import load_prompts, requests
+from mmgrpo.schedules import all_but_last
+from mmgrpo.seeds import derive
+from mmgrpo.transitions import flow_sde
+from mmgrpo.types import Prompt, Samples
 from pipelines import speech_flow, speech_models
+from pipelines.recordings import hear
+from pipelines.speech import SpeechPolicy, load
 from pipelines.speech_models import Model
 from pipelines.speech_networks import BandGainNetwork
 from pipelines.speech_representations import BandGains
+from rewards.speech import Name, measures
 
+MEASURED: tuple[Name, ...] = ("si_sdr", "pesq_wide", "stoi", "estoi", "dnsmos")
 BATCH, CROP = 8, 8 * RATE // 5  # recordings a step, their length
 RATE_OF_LEARNING, WARM, DECAY = 1.5e-3, 100, 0.999  # at first, steps to reach it, EMA
 DECIBELS = (-2.0, 12.0)  # wider than those of the demo, whose ends are then no ends of the training
 NOISE_DRAWS, NOISE_SECONDS = 40, 4  # of each kind
-Pairs = list[tuple[Wave, Wave]]  # clean, noisy
 
 
 @dataclass(frozen=True)
@@ -120,100 +122,60 @@ def exchange(weights: list[nn.Parameter], values: list[Tensor]) -> None:
     torch._foreach_copy_(values, kept)
 
 
-def pairs_of(part: str) -> Pairs:
-    """The shipped clean and noisy recordings of a part."""
-    rows = [json.loads(line) for line in (FOLDER / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [
-        (
-            soundfile.read(FOLDER / row["clean"], dtype="float32")[0],
-            soundfile.read(FOLDER / row["noisy"], dtype="float32")[0],
-        )
-        for row in rows
-    ]
+def spoken_by(policy: SpeechPolicy, prompts: list[Prompt], drawn: bool) -> Samples:
+    """The prompts' recordings enhanced from fixed noise, with the sampler's own noise (as in rollouts) or without."""
+    batch = requests(prompts, range(len(prompts)), group_size=1, seed=derive("measure"), iteration=0)
+    return policy.rollout(batch)[1] if drawn else policy.generate(batch)
 
 
 @torch.no_grad()
-def sampled(model: Model, noisy: Wave, steps: int, seed: int, noise: float) -> Wave:
-    """What the policy's rollouts hear: Flow-GRPO's SDE of strength `noise`, without noise in the last step; (N,) -> (N,)."""
-    given = torch.from_numpy(noisy)[None]
-    condition, centre = model.representation.condition(given), model.representation.centre(given)
-    random = torch.Generator().manual_seed(seed)
-    x = centre + torch.randn(centre.shape, generator=random)
-    levels = [Level(1 - t, t) for t in speech_flow.times(steps)]
-    for now, after in zip(levels[:-1], levels[1:], strict=True):
-        velocity = model.network(x, now.sigma.expand(1), condition)
-        mean, std = flow_sde(Step(x, *from_velocity(x, velocity, now), now, after, levels[1]), noise=noise)
-        x = mean + std * torch.randn(x.shape, generator=random)
-    return model.representation.decode(x, given)[0].numpy()
+def given_to(policy: SpeechPolicy, samples: Samples, gains: bool) -> Samples:
+    """The noisy recordings of the samples themselves, or with the `gains` that the flow is trained to draw."""
+    heard, model = hear(samples.batch, policy.mixing), policy.model
+    if not gains:
+        return replace(samples, audio=heard.noisy[:, None])
+    audio = torch.zeros_like(heard.clean)
+    for row, length in enumerate(heard.length.tolist()):
+        clean, noisy = heard.clean[row : row + 1, :length], heard.noisy[row : row + 1, :length]
+        audio[row, :length] = model.representation.decode(model.representation.encode(clean, noisy), noisy)[0]
+    return replace(samples, audio=audio[:, None])
 
 
-def enhanced(model: Model, noisy: Wave, steps: int, seed: int) -> Wave:
-    """By the deterministic sampler; (N,) -> (N,)."""
-    return speech_flow.enhance(model, torch.from_numpy(noisy)[None], steps, [derive(seed, "evaluation")])[0].numpy()
-
-
-@torch.no_grad()
-def oracle(model: Model, clean: Wave, noisy: Wave) -> Wave:
-    """With the gains that the flow is trained to draw; (N,), (N,) -> (N,)."""
-    pair = torch.from_numpy(clean)[None], torch.from_numpy(noisy)[None]
-    return model.representation.decode(model.representation.encode(*pair), pair[1])[0].numpy()
-
-
-def si_sdr(clean: Wave, heard: Wave) -> float:
-    """Scale-invariant signal-to-distortion ratio, dB (arXiv 1811.02508)."""
-    clean, heard = clean - clean.mean(), heard - heard.mean()
-    target = clean * (heard @ clean) / (clean @ clean)
-    return float(10 * np.log10((target @ target) / ((heard - target) @ (heard - target))))
-
-
-def measure(pairs: Pairs, heard: list[Wave], slow: bool = False) -> dict[str, float]:
-    """Mean SI-SDR in dB, wide-band PESQ and STOI; `slow` adds DNSMOS (overall, P.835), some 0.3 s for each recording."""
-    both = [(clean, wave) for (clean, _), wave in zip(pairs, heard, strict=True)]
-    scores = {
-        "si_sdr": [si_sdr(clean, wave) for clean, wave in both],
-        "pesq": [pesq(RATE, clean, wave, "wb") for clean, wave in both],
-        "stoi": [stoi(clean, wave, RATE) for clean, wave in both],
-    }
-    if slow:
-        scores["dnsmos"] = [dnsmos.run(wave / np.abs(wave).max() * 0.5, RATE)["ovrl_mos"] for wave in heard]
-    return {name: round(float(np.mean(values)), 4) for name, values in scores.items()}
-
-
-def table(model: Model, pairs: Pairs) -> Mapping[str, dict[str, float]]:
-    """What stands in assets/README.md."""
-    rows: dict[str, list[Wave]] = {
-        "noisy": [noisy for _, noisy in pairs],
-        "oracle gains": [oracle(model, *pair) for pair in pairs],
-    }
+def table(folder: Path, part: str, names: tuple[Name, ...]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Mean measures of a model's folder on a part's pairs, row after row of assets/README.md."""
+    prompts = load_prompts(str(FOLDER / f"{part}.jsonl"), media={"clean": "clean", "noisy": "noisy"})
+    score = measures(names=names, processes=0)
     for steps in (6, 8, 10):
-        rows[f"base, deterministic, {steps} steps"] = [
-            enhanced(model, noisy, steps, row) for row, (_, noisy) in enumerate(pairs)
-        ]
-    for steps in (6, 8):
-        rows[f"base, SDE 0.7, {steps} steps"] = [
-            sampled(model, noisy, steps, row, 0.7) for row, (_, noisy) in enumerate(pairs)
-        ]
-    return {name: measure(pairs, heard, slow=True) for name, heard in rows.items()}
+        policy = load(
+            model=str(folder), plan=all_but_last, sampler=partial(flow_sde, noise=0.7), steps=steps, device="cpu"
+        )
+        policy.prepare(prompts)
+        found = {"deterministic": spoken_by(policy, prompts, False), "SDE, noise 0.7": spoken_by(policy, prompts, True)}
+        if steps == 6:
+            start = found["deterministic"]
+            found = {"noisy": given_to(policy, start, False), "oracle gains": given_to(policy, start, True)} | found
+        for name, samples in found.items():
+            means = {measure: round(float(values.nanmean()), 4) for measure, values in score(samples).items()}
+            yield f"{part}, {name}, {steps} steps", means
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps; the rate falls to 0 within them")
     parser.add_argument(
         "--further", type=int, default=800, help="steps trained after saving, to see what more would give"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--peak", type=float, default=RATE_OF_LEARNING)
+    parser.add_argument("--peak", type=float, default=RATE_OF_LEARNING, help="the highest learning rate")
     parser.add_argument("--folder", type=Path, default=FOLDER / "base")
     parser.add_argument("--report-every", type=int, default=1000, help="steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    given, pairs = bank(options.seed), pairs_of("validation")
-    representation = BandGains()
-    network = BandGainNetwork(representation.channels(), width=options.width, blocks=options.blocks)
+    given, representation = bank(options.seed), BandGains()
+    network = BandGainNetwork(representation.channels())
+    if options.start is not None:
+        network.load_state_dict(speech_models.load(options.start).network.state_dict())
     model, start = Model(network, representation), time.process_time()
     print(
         sum(weight.numel() for weight in network.parameters()),
@@ -224,19 +186,13 @@ def main() -> None:
     )
 
     def report(step: int) -> None:
-        heard = [enhanced(model, noisy, 6, row) for row, (_, noisy) in enumerate(pairs)]
-        print(step, f"{time.process_time() - start:.0f} s", measure(pairs, heard), flush=True)
         speech_models.save(options.folder, copy.deepcopy(network).to(torch.bfloat16), representation)
+        _, scores = list(table(options.folder, "validation", MEASURED[:3]))[2]
+        print(step, f"{time.process_time() - start:.0f} s", scores, flush=True)
 
     train(model, given, options.steps, options.peak, options.seed, report, options.report_every)
-    speech_models.save(options.folder, network.to(torch.bfloat16), representation)
-    shipped = speech_models.load(options.folder)
-    for name, scores in table(shipped, pairs).items():
+    for name, scores in table(options.folder, "validation", MEASURED):
         print(f"{name}: {scores}", flush=True)
-    start = time.process_time()
-    model = shipped
-    print("further training, after the shipped weights:")
-    train(model, given, options.further, options.peak / 5, options.seed + 1, report, options.further)
 
 
 if __name__ == "__main__":
