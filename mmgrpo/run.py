@@ -68,8 +68,9 @@ def start(recipe: Recipe) -> Run:
     seeds.seed_process(seeds.derive(recipe.seed, "process"))
     policy: Policy = build(recipe.policy, "policy")
     prompts = load_prompts(recipe.prompts.source, **recipe.prompts.options)
-    held_out = recipe.evaluation
-    policy.prepare(prompts)
+    evaluation = recipe.evaluation
+    held_out = load_prompts(evaluation.source, **evaluation.options) if evaluation.source else []
+    policy.prepare([*prompts, *held_out])  # whose flaws are told now, not at the first evaluation
     trainable = policy.trainable()
     options = recipe.optimizer
     optimizer = torch.optim.AdamW(
@@ -82,7 +83,7 @@ def start(recipe: Recipe) -> Run:
         recipe=recipe,
         policy=policy,
         prompts=prompts,
-        held_out=load_prompts(held_out.source, **held_out.options) if held_out.source else [],
+        held_out=held_out,
         rewards=built_rewards(recipe, held_out=False),
         watched=built_rewards(recipe, held_out=True),
         compare=build(recipe.advantage, "advantage"),
