@@ -116,7 +116,8 @@ class SpeechPolicy:
                 record[name] = torch.zeros(len(batch), *latent, dtype=value.dtype)
             record[name][rows, ..., : shape[-1]] = value.cpu()
 
-        x = given.centre + fresh_noise(batch.seed, ids, "start", shape).to(given.centre)
+        first = batch.group[rows].tolist() if self.options.same_noise else ids
+        x = given.centre + fresh_noise(batch.seed, first, "start", shape).to(given.centre)
         for step, stochastic in enumerate(planned.tolist()):
             velocity = self.steps.velocity(x, step, given)
             mean, std = self.steps.gaussian(x, velocity, step, given.centre, stochastic)
@@ -283,6 +284,7 @@ def load(
     dtype: Precision = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     autocast: Precision | None = None,
+    same_noise: bool = False,
 ) -> SpeechPolicy:
     """A policy from a folder of `pipelines.speech_models`, or with random weights, to be pretrained.
 
@@ -293,12 +295,13 @@ def load(
     noisy recording; snr: lowest and highest, dB. seconds: longer recordings are cut to it at random. resample: convert
     recordings of other rates. clipped: share of samples at full scale that a recording may have. rollout_rows,
     replay_rows: recordings computed at once. dtype: of the weights; autocast: of the network's computation.
+    same_noise: all samples of a group start from one noise, and differ by the sampler's alone.
     """
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = opened(model, new, network)
     loaded = replace(loaded, representation=with_vocoder(loaded.representation, vocoder, place))
     loaded.network.to(place, getattr(torch, dtype))
     kind = None if autocast is None else getattr(torch, autocast)
-    options = Options(steps, sampler, reduction, rollout_rows, replay_rows, kind)
+    options = Options(steps, sampler, reduction, rollout_rows, replay_rows, kind, same_noise)
     mixing = Mixing(loaded.representation.rate, resample, seconds, noise, snr, impulses)
     return SpeechPolicy(loaded, options, plan, mixing, train=train, clipped=clipped)

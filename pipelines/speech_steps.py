@@ -37,6 +37,7 @@ class Options:
     rollout_rows: int = 16  # recordings in one call
     replay_rows: int = 16  # recordings whose graphs are held at once
     autocast: torch.dtype | None = None
+    same_noise: bool = False  # all samples of a group start from the same noise
 
     def __post_init__(self) -> None:
         for name, rows in (("rollout_rows", self.rollout_rows), ("replay_rows", self.replay_rows)):
