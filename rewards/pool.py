@@ -8,11 +8,13 @@ nobody's `__main__` runs again, so a script without a guard may use them.
 import atexit
 import json
 import logging
+import math
 import os
 import queue
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 START = 120.0  # s, for the imports of a process on a busy machine
+LOOK = 0.2  # s between two looks for processes that are late
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 Process = subprocess.Popen[bytes]
 
@@ -56,6 +59,7 @@ class Worker:
         self.timeout = timeout
         self.process: Process | None = None
         self.ended = False
+        self.deadline = math.inf  # of the clock `time.monotonic`, s
 
     def start(self) -> Process:
         """A process that has said that it is ready; raises RuntimeError if it does not."""
@@ -63,7 +67,7 @@ class Worker:
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, env=environment)
         if self.ended:  # by another thread, which had no process to kill yet
             self.process.kill()
-        if converse(self.process, START, ()) != b"ready\n":
+        if self.converse(self.process, START, ()) != b"ready\n":
             self.close()
             raise RuntimeError(f"the process {' '.join(self.command)} did not start; its error stands above")
         return self.process
@@ -73,13 +77,28 @@ class Worker:
         process, line = self.process or self.start(), b""
         header = {**task.header, "sizes": [len(array) for array in task.arrays]}
         try:
-            line = converse(process, self.timeout, (json.dumps(header).encode() + b"\n", *task.arrays))
+            line = self.converse(process, self.timeout, (json.dumps(header).encode() + b"\n", *task.arrays))
         finally:
             if not line.endswith(b"\n"):  # no answer, or half of one
                 self.close()
         if not line.endswith(b"\n"):
             return Reply(problem=f"the process died or took more than {self.timeout:g} s")
         return Reply(**json.loads(line))
+
+    def converse(self, process: Process, limit: float, message: Iterable[bytes | memoryview]) -> bytes:
+        """The process's next line after it was sent a message; empty if it ended, or took more than `limit` seconds."""
+        assert process.stdin is not None and process.stdout is not None
+        deadline = self.deadline = time.monotonic() + limit
+        try:
+            for part in message:
+                process.stdin.write(part)
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            return b""
+        finally:
+            self.deadline = math.inf
+        return b"" if time.monotonic() > deadline else line  # it may have been killed as it answered
 
     def end(self) -> None:
         """Kill the process, from any thread, for good: a question that it is working on finds it dead."""
@@ -102,31 +121,6 @@ class Worker:
                 pass
 
 
-def converse(process: Process, limit: float, message: Iterable[bytes | memoryview]) -> bytes:
-    """The process's next line after it was sent a message; empty if it ended, or was killed after `limit` seconds."""
-    assert process.stdin is not None and process.stdout is not None
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(limit, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        for part in message:
-            process.stdin.write(part)
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except BrokenPipeError:
-        return b""
-    finally:
-        timer.cancel()
-        timer.join()
-    return b"" if late.is_set() else line  # a process that was killed as it answered takes no further question
-
-
 class Pool:
     """So many processes that run one file; a process that dies costs the answer to its own question alone."""
 
@@ -140,6 +134,8 @@ class Pool:
         for worker in self.workers:
             self.idle.put(worker)
         self.threads = ThreadPoolExecutor(processes, thread_name_prefix=file.stem)
+        self.closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def submit(self, task: Task) -> Future[Reply]:
         """The answer that is to come; at once, whatever the processes are doing."""
@@ -152,8 +148,18 @@ class Pool:
         finally:
             self.idle.put(worker)
 
+    def _watch(self) -> None:
+        """Kill what is late; one thread looks at all, for a timer at each question costs more than the hand-over."""
+        while not self.closed.wait(LOOK):
+            now = time.monotonic()
+            for worker in self.workers:
+                process = worker.process
+                if process is not None and now > worker.deadline:
+                    process.kill()
+
     def close(self) -> None:
         """End the processes; questions that wait are dropped."""
+        self.closed.set()
         for worker in self.workers:
             worker.end()
         self.threads.shutdown(cancel_futures=True)
