@@ -50,6 +50,7 @@ def command(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Where it goes: a file or a folder.")],
     checkpoint: Annotated[Path, typer.Option(help="Folder of a model, of a run or of a checkpoint.")],
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 10,
+    power: Annotated[float, typer.Option(help="Above 1 the last steps are shorter; as in policy.power.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the noise that it starts from: the same seed, the same files.")] = 0,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda:0; auto is cuda if there is one.")] = "auto",
     window: Annotated[float, typer.Option(min=1, help="Seconds that are in memory at once.")] = 10.0,
@@ -64,7 +65,9 @@ def command(
     left = unfinished(every, overwrite=overwrite, resume=resume)
     from pipelines.enhance_files import loaded
 
-    enhancer = loaded(checkpoint, steps, device, window=window, seed=seed, network=network, vocoder=vocoder)
+    enhancer = loaded(
+        checkpoint, steps, device, power=power, window=window, seed=seed, network=network, vocoder=vocoder
+    )
     report, begun = Report(), time.perf_counter()
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     try:

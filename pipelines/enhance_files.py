@@ -46,15 +46,17 @@ class Enhancer:
     seed: int = 0  # of all noise; every channel of a window has the same, so that equal channels stay equal
 
 
-def enhancer(model: Model, steps: int, device: str = "cpu", *, window: float = 10.0, seed: int = 0) -> Enhancer:
+def enhancer(
+    model: Model, steps: int, device: str = "cpu", *, power: float = 1.0, window: float = 10.0, seed: int = 0
+) -> Enhancer:
     """A model's deterministic sampler from seeded noise; its network is moved to the device."""
-    speech_flow.times(steps)  # refuses what are no steps
+    speech_flow.times(steps, power)  # refuses what are no steps
     network = model.network.to(device).eval()
     moved = speech_models.Model(network, model.representation)
 
     def enhance(noisy: Tensor, own: Sequence[int]) -> Tensor:
         try:
-            return speech_flow.enhance(moved, noisy.to(device), steps, own)
+            return speech_flow.enhance(moved, noisy.to(device), steps, own, power)
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"{noisy.shape[1]} samples at once do not fit on {device}; expected a smaller window"
@@ -68,6 +70,7 @@ def loaded(
     steps: int,
     device: str = "auto",
     *,
+    power: float = 1.0,
     window: float = 10.0,
     seed: int = 0,
     network: str | None = None,
@@ -78,7 +81,7 @@ def loaded(
     model = speech_models.load(model_folder(path), network)
     torch.backends.cudnn.deterministic = True  # the same seed, the same file
     heard = with_vocoder(model.representation, vocoder, place)
-    return enhancer(Model(model.network, heard), steps, place, window=window, seed=seed)
+    return enhancer(Model(model.network, heard), steps, place, power=power, window=window, seed=seed)
 
 
 def model_folder(path: Path) -> Path:

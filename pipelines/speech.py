@@ -269,6 +269,7 @@ def load(
     new: Mapping[str, Any] | None = None,
     sampler: Sampler = flow_sde,
     steps: int = 10,
+    power: float = 1.0,
     network: str | None = None,
     vocoder: str | None = None,
     train: tuple[str, ...] = (),
@@ -288,8 +289,9 @@ def load(
 ) -> SpeechPolicy:
     """A policy from a folder of `pipelines.speech_models`, or with random weights, to be pretrained.
 
-    model: the folder; new: in its place, what its config.json would hold. plan: which of the steps are stochastic and
-    trained; sampler: how. network: "path/to/file.py:Class" for weights of a network of your own. vocoder: for mel
+    model: the folder; new: in its place, what its config.json would hold. power: steps lie at
+    uniform times to this power; above 1 the last ones, which decide most, are short. plan: which of the steps are
+    stochastic and trained; sampler: how. network: "path/to/file.py:Class" for weights of a network of your own. vocoder: for mel
     spectrograms, "griffin_lim" or "path/to/file.py:build". train: patterns of the names of trained parameters ("blocks.*"), by default all. reduction: over
     the latent elements of a step. noise, impulses: folders of noise and of room impulse responses, for prompts without a
     noisy recording; snr: lowest and highest, dB. seconds: longer recordings are cut to it at random. resample: convert
@@ -302,6 +304,6 @@ def load(
     loaded = replace(loaded, representation=with_vocoder(loaded.representation, vocoder, place))
     loaded.network.to(place, getattr(torch, dtype))
     kind = None if autocast is None else getattr(torch, autocast)
-    options = Options(steps, sampler, reduction, rollout_rows, replay_rows, kind, same_noise)
+    options = Options(steps, sampler, reduction, rollout_rows, replay_rows, kind, power, same_noise)
     mixing = Mixing(loaded.representation.rate, resample, seconds, noise, snr, impulses)
     return SpeechPolicy(loaded, options, plan, mixing, train=train, clipped=clipped)

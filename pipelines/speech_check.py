@@ -63,7 +63,7 @@ def noise_off(policy: "SpeechPolicy", batch: Batch) -> Finding:
     assert ours is not None
     start = seeds.derive(batch.seed, int(batch.sample[0]), "start")
     noisy = recordings.hear(alone, policy.mixing).noisy.to(policy.steps.device)
-    plain = enhance(policy.model, noisy, policy.options.steps, [start]).clamp(-1, 1).cpu()
+    plain = enhance(policy.model, noisy, policy.options.steps, [start], policy.options.power).clamp(-1, 1).cpu()
     error = relative(ours[:, 0], plain)
     said = f"differs from the plain Euler sampler by {error:.1e}, relative"
     return Finding(error < NEAR[torch.float32], "noise off", said)

@@ -28,22 +28,24 @@ def matching_loss(model: Model, clean: Tensor, noisy: Tensor, t: Tensor, eps: Te
     return (predicted - (x1 - x0)).square().flatten(1).mean(1)
 
 
-def times(steps: int) -> Tensor:
-    """Uniform times from 1 (noise) to 0 (clean); -> (S + 1,)."""
+def times(steps: int, power: float = 1.0) -> Tensor:
+    """Times from 1 (noise) to 0 (clean), uniform ones to a power; above 1 they lie closer near 0; -> (S + 1,)."""
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
-    return torch.linspace(1, 0, steps + 1)
+    if not power > 0:
+        raise ValueError(f"power is {power}; expected a number above 0")
+    return torch.linspace(1, 0, steps + 1) ** power
 
 
 @torch.no_grad()
-def enhance(model: Model, noisy: Tensor, steps: int, seeds: Sequence[int]) -> Tensor:
-    """Euler's method from the noise of each recording's seed; (B, N), S, B seeds -> (B, N)."""
+def enhance(model: Model, noisy: Tensor, steps: int, seeds: Sequence[int], power: float = 1.0) -> Tensor:
+    """Euler's method at `times` from the noise of each recording's seed; (B, N), S, B seeds -> (B, N)."""
     if len(seeds) != len(noisy):
         raise ValueError(f"{len(seeds)} seeds arrived for {len(noisy)} recordings; expected one each")
     representation = model.representation
     condition, centre = representation.condition(noisy), representation.centre(noisy)
     x = centre + normal(seeds, centre.shape[1:]).to(centre)
-    moments = times(steps).to(centre)
+    moments = times(steps, power).to(centre)
     for t, t_next in zip(moments[:-1], moments[1:], strict=True):
         x = x + (t_next - t) * model.network(x, t.expand(len(x)), condition)
     return representation.decode(x, noisy)

@@ -37,6 +37,7 @@ class Options:
     rollout_rows: int = 16  # recordings in one call
     replay_rows: int = 16  # recordings whose graphs are held at once
     autocast: torch.dtype | None = None
+    power: float = 1.0  # of the uniform times; above 1 the steps near the clean end are shorter
     same_noise: bool = False  # all samples of a group start from the same noise
 
     def __post_init__(self) -> None:
@@ -70,7 +71,7 @@ class Steps:
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """From noise to clean, S + 1 of them; float64 scalars on the CPU."""
-        return tuple(Level(1 - t, t) for t in times(self.options.steps).double())
+        return tuple(Level(1 - t, t) for t in times(self.options.steps, self.options.power).double())
 
     @cached_property
     def precise(self) -> Model:

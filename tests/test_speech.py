@@ -177,16 +177,26 @@ def test_the_noise_of_a_step_has_the_std_that_is_evaluated(prompts, folder) -> N
 
 
 @each_model
-def test_without_noise_a_recording_is_that_of_the_euler_sampler(name, prompts, folder) -> None:
-    policy = policy_of(tiny(name), folder)
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_without_noise_a_recording_is_that_of_the_euler_sampler(name, power, prompts, folder) -> None:
+    policy = policy_of(tiny(name), folder, power=power)
     batch = batch_of(prompts, size=1)
     samples, (trajectory, noisy_walk) = policy.generate(batch), policy.rollout(batch)
     for row, sample in enumerate(batch.sample.tolist()):
         length = int(samples.audio_length[row])
         noisy = trajectory.record["noisy"][row : row + 1, :length]
-        expected = enhance(policy.model, noisy, S, [seeds.derive(batch.seed, sample, "start")]).clamp(-1, 1)
+        expected = enhance(policy.model, noisy, S, [seeds.derive(batch.seed, sample, "start")], power).clamp(-1, 1)
         assert (samples.audio[row, :, :length] - expected).abs().max() < 1e-4 * expected.abs().max()
     assert not torch.allclose(samples.audio, noisy_walk.audio, atol=1e-3)
+
+
+def test_samples_of_a_group_may_start_from_one_noise(prompts, folder) -> None:
+    policy = policy_of(linear(), folder, same_noise=True)
+    trajectory, _ = policy.rollout(requests(prompts, [0, 2, 0], group_size=3, seed=4, iteration=0))
+    first, second = trajectory.record["state.0"].split([3, 6])
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], second[3])  # the same prompt again is another group
+    assert not torch.equal(trajectory.record["state.1"][0], trajectory.record["state.1"][1])
 
 
 def test_samples_of_a_group_hear_one_mixture_and_evaluations_the_same_each_time(prompts, folder) -> None:

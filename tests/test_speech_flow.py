@@ -105,6 +105,7 @@ def test_a_recording_is_enhanced_as_if_it_were_alone() -> None:
 
 def test_times_go_from_noise_to_clean() -> None:
     assert times(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert times(4, 2.0).tolist() == [1, 0.5625, 0.25, 0.0625, 0]
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
@@ -113,6 +114,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     eps = torch.zeros_like(GAINS.centre(noisy))
     with pytest.raises(ValueError, match="steps is 0"):
         times(0)
+    with pytest.raises(ValueError, match="power is 0"):
+        times(4, 0)
     with pytest.raises(ValueError, match="1 seeds arrived for 2 recordings"):
         enhance(model, noisy, 2, [1])
     with pytest.raises(ValueError, match="t has shape"):
