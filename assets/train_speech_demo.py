@@ -162,11 +162,9 @@ def table(folder: Path, part: str, names: tuple[Name, ...]) -> Iterator[tuple[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps; the rate falls to 0 within them")
-    parser.add_argument(
-        "--further", type=int, default=800, help="steps trained after saving, to see what more would give"
-    )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=RATE_OF_LEARNING, help="the highest learning rate")
+    parser.add_argument("--start", type=Path, help="a folder whose weights are trained further, instead of new ones")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=FOLDER / "base")
     parser.add_argument("--report-every", type=int, default=1000, help="steps")
     options = parser.parse_args()
