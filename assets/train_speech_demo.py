@@ -161,7 +161,7 @@ def table(folder: Path, part: str, names: tuple[Name, ...]) -> Iterator[tuple[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps; the rate falls to 0 within them")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps; the rate falls to 0 within them")
     parser.add_argument("--width", type=int, default=64, help="features of the network")
     parser.add_argument("--peak", type=float, default=RATE_OF_LEARNING, help="the highest learning rate")
     parser.add_argument("--start", type=Path, help="a folder whose weights are trained further, instead of new ones")

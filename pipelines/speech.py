@@ -79,16 +79,18 @@ class SpeechPolicy:
 
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One enhanced recording per row; the rows of a group hear the same. Each depends on its ids alone, up to rounding."""
-        return self.walked(batch, self.plan(self.options.steps, batch.iteration, batch.seed))
+        return self.walked(batch, self.mixing, self.plan(self.options.steps, batch.iteration, batch.seed))
 
     def generate(self, batch: Batch) -> Samples:
-        """One enhanced recording per row with the noise of the sampler off."""
-        return self.walked(batch, torch.zeros(self.options.steps, dtype=torch.bool))[1]
+        """One enhanced recording per row, whole, with the noise of the sampler off."""
+        return self.walked(
+            batch, replace(self.mixing, seconds=None), torch.zeros(self.options.steps, dtype=torch.bool)
+        )[1]
 
     @torch.no_grad()
-    def walked(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
+    def walked(self, batch: Batch, mixing: Mixing, planned: Tensor) -> tuple[Trajectory, Samples]:
         """One enhanced recording per row, and its decisions; the planned steps, (S,) bool, are stochastic and trained."""
-        heard = hear(batch, self.mixing)
+        heard = hear(batch, mixing)
         record, audio = {"length": heard.length}, torch.zeros_like(heard.clean)
         longest = max(self.longest, heard.noisy.shape[1])
         if planned.any():
@@ -294,7 +296,8 @@ def load(
     stochastic and trained; sampler: how. network: "path/to/file.py:Class" for weights of a network of your own. vocoder: for mel
     spectrograms, "griffin_lim" or "path/to/file.py:build". train: patterns of the names of trained parameters ("blocks.*"), by default all. reduction: over
     the latent elements of a step. noise, impulses: folders of noise and of room impulse responses, for prompts without a
-    noisy recording; snr: lowest and highest, dB. seconds: longer recordings are cut to it at random. resample: convert
+    noisy recording; snr: lowest and highest, dB. seconds: longer recordings are
+    cut to it at random in training. resample: convert
     recordings of other rates. clipped: share of samples at full scale that a recording may have. rollout_rows,
     replay_rows: recordings computed at once. dtype: of the weights; autocast: of the network's computation.
     same_noise: all samples of a group start from one noise, and differ by the sampler's alone.

@@ -24,7 +24,7 @@ NEAR = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.flo
 def findings(policy: "SpeechPolicy", prompts: Sequence[Prompt]) -> list[Finding]:
     """Replays agree to the last bit, have a true gradient, follow the weights; no recording depends on its neighbours."""
     batch = probe(policy, prompts)
-    trajectory, _ = policy.walked(batch, probed_steps(policy.options.steps))
+    trajectory, _ = policy.walked(batch, policy.mixing, probed_steps(policy.options.steps))
     anchored = policy.anchor(trajectory, [torch.arange(len(trajectory))])
     slope = replays.gradient(policy, trajectory)
     found = [replays.exact(policy, anchored), replays.reached(slope), noise_off(policy, batch)]
