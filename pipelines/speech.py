@@ -118,8 +118,7 @@ class SpeechPolicy:
                 record[name] = torch.zeros(len(batch), *latent, dtype=value.dtype)
             record[name][rows, ..., : shape[-1]] = value.cpu()
 
-        first = batch.group[rows].tolist() if self.options.same_noise else ids
-        x = given.centre + fresh_noise(batch.seed, first, "start", shape).to(given.centre)
+        x = given.centre + fresh_noise(batch.seed, self.starts(batch.take(rows)), "start", shape).to(given.centre)
         for step, stochastic in enumerate(planned.tolist()):
             velocity = self.steps.velocity(x, step, given)
             mean, std = self.steps.gaussian(x, velocity, step, given.centre, stochastic)
@@ -131,6 +130,11 @@ class SpeechPolicy:
             if stochastic:
                 keep(f"state.{step + 1}", x)
         return self.steps.decode(x, given)
+
+    def starts(self, batch: Batch) -> list[int]:
+        """The ids that the noise of each row's start follows from: its own or, with `same_noise`, its group's."""
+        ids: list[int] = (batch.group if self.options.same_noise else batch.sample).tolist()
+        return ids
 
     # -- replay -------------------------------------------------------------------------------------------------
 

@@ -59,9 +59,9 @@ def noise_off(policy: "SpeechPolicy", batch: Batch) -> Finding:
     if precision(policy) is not torch.float32:
         return Finding(True, "noise off", f"not measured: the plain sampler does not compute in {precision(policy)}")
     alone = batch.take(torch.tensor([0]))
-    ours = policy.generate(alone).audio
+    ours = policy.walked(alone, policy.mixing, torch.zeros(policy.options.steps, dtype=torch.bool))[1].audio
     assert ours is not None
-    start = seeds.derive(batch.seed, int(batch.sample[0]), "start")
+    start = seeds.derive(batch.seed, policy.starts(alone)[0], "start")
     noisy = recordings.hear(alone, policy.mixing).noisy.to(policy.steps.device)
     plain = enhance(policy.model, noisy, policy.options.steps, [start], policy.options.power).clamp(-1, 1).cpu()
     error = relative(ours[:, 0], plain)
