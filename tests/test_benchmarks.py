@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-from benchmarks import policy_overhead, replay_batching, scaling, update_memory, vlm_vs_trl
+from benchmarks import policy_overhead, replay_batching, scaling, speech_step, update_memory, vlm_vs_trl
 
 ABOUT = {"benchmark", "device", "dtype", "parameters", "trained_parameters", "rows", "memory/resident_bytes"}
 RATES = {"images_per_second", "tflops", "matrix_share"}
@@ -65,3 +65,14 @@ def test_a_step_and_its_update_are_set_against_those_of_trl(last_line, text):
     assert found["step"]["seconds"] > found["update"]["seconds"]
     assert found["step"]["trl_seconds"] > found["update"]["trl_seconds"]
     assert max(case["gradient"] for case in found["difference"].values()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["band_gains", "unet"])
+def test_a_step_of_speech_is_split_into_its_parts(last_line, network):
+    short = ("--seconds", "0.5", "1", "--memory-seconds", "1", "--rounds", "1", "--group-size", "3", "--processes", "1")
+    found = last_line(speech_step, "--network", network, *short, "--measures", "si_sdr", "stoi")
+    assert [*found["seconds_by_length"]] == ["0.5", "1"]
+    for parts in found["seconds_by_length"].values():
+        assert parts.keys() == {"rollout", "score", "update"} and all(value > 0 for value in parts.values())
+    assert found["step_peak_bytes"] > 4 * found["trained_parameters"]

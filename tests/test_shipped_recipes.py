@@ -66,6 +66,11 @@ CASES = [
 
 ELSEWHERE = {
     "demo_image",
+    "demo_speech",  # with the pair of metrics in test_demo_speech.py
+    "speech_single_metric",
+    "speech_multi_metric",
+    "sgmse_like_pretrain",  # these two in test_shipped_speech.py
+    "flowse_dnsmos_multi",
     "qwen25_vl_3b_geometry",  # these three in test_shipped_answering.py
     "qwen3_vl_8b_lora",
     "qwen25_vl_7b_video_qa",
