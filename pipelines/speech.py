@@ -27,7 +27,7 @@ from pipelines.recordings import Heard, Mixing, hear
 from pipelines.recordings_check import check
 from pipelines.speech_flow import matching_loss
 from pipelines.speech_models import Model
-from pipelines.speech_steps import Given, Options, Sampler, Steps, calls
+from pipelines.speech_steps import Given, Options, Sampler, Steps, calls, fresh_noise, uniform
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -231,16 +231,6 @@ class SpeechPolicy:
         speech_models.save(folder, self.model.network, self.model.representation)
 
 
-def fresh_noise(seed: int, ids: Sequence[int], what: int | str, shape: Sequence[int]) -> Tensor:
-    """Standard-normal noise of each sample id for a step or another purpose; -> (b, *shape) on the CPU."""
-    return seeds.normal([seeds.derive(seed, one, what) for one in ids], shape)
-
-
-def uniform(seed: int) -> Tensor:
-    """A number in [0, 1); ()."""
-    return torch.rand((), generator=recordings.generator(seed))
-
-
 def choose_trained(network: nn.Module, patterns: Sequence[str]) -> str:
     """Freeze all but the parameters whose names match a pattern (all of them without any); -> a note.
 
@@ -256,16 +246,6 @@ def choose_trained(network: nn.Module, patterns: Sequence[str]) -> str:
         count += value.numel() if value.requires_grad else 0
     network.eval()  # dropout would turn the ratio into noise
     return f"{count:,} trained parameters in {type(network).__name__}"
-
-
-def opened(model: str | None, new: Mapping[str, Any] | None, network: str | None) -> Model:
-    """The model of a folder or a new one; raises ValueError unless exactly one of them is asked for."""
-    if (model is None) == (new is None):
-        raise ValueError(f"policy.model is {model!r} and policy.new is {new!r}; expected one of them")
-    if model is not None:
-        return speech_models.load(Path(model), network)
-    assert new is not None
-    return speech_models.create(new, network, "policy.new")
 
 
 def load(
@@ -307,7 +287,7 @@ def load(
     same_noise: all samples of a group start from one noise, and differ by the sampler's alone.
     """
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded = opened(model, new, network)
+    loaded = speech_models.opened(model, new, network)
     loaded = replace(loaded, representation=with_vocoder(loaded.representation, vocoder, place))
     loaded.network.to(place, getattr(torch, dtype))
     kind = None if autocast is None else getattr(torch, autocast)

@@ -73,6 +73,16 @@ def load(folder: Path, network: str | None = None) -> Model:
     return model
 
 
+def opened(model: str | None, new: Mapping[str, Any] | None, network: str | None) -> Model:
+    """The model of a folder or a new one; raises ValueError unless exactly one of them is asked for."""
+    if (model is None) == (new is None):
+        raise ValueError(f"policy.model is {model!r} and policy.new is {new!r}; expected one of them")
+    if model is not None:
+        return load(Path(model), network)
+    assert new is not None
+    return create(new, network, "policy.new")
+
+
 def save(folder: Path, network: nn.Module, representation: Representation) -> None:
     """Write the model's folder, which `load` reads back bit for bit; weights keep their dtype."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ Axes: B recordings, b those of one call (of equal length), N samples, C channels
 x_1 = centre + noise, so y_t = x_t - t centre is a plain flow from unit noise, whose steps are those of `mmgrpo.transitions`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmgrpo import seeds
 from mmgrpo.transitions import Gaussian, Level, Step, from_velocity, ode
 from pipelines.speech_flow import times
 from pipelines.speech_models import Model
@@ -126,3 +127,13 @@ def transition(
 def calls(length: Tensor, most: int) -> list[Tensor]:
     """Rows of each call, (b,) int64: of equal length, at most so many, in their order; (B,) int64."""
     return [part for size in length.unique() for part in (length == size).nonzero().flatten().split(most)]
+
+
+def fresh_noise(seed: int, ids: Sequence[int], what: int | str, shape: Sequence[int]) -> Tensor:
+    """Standard-normal noise of each sample id for a step or another purpose; -> (b, *shape) on the CPU."""
+    return seeds.normal([seeds.derive(seed, one, what) for one in ids], shape)
+
+
+def uniform(seed: int) -> Tensor:
+    """A number in [0, 1); ()."""
+    return torch.rand((), generator=torch.Generator().manual_seed(seed))
