@@ -79,8 +79,13 @@ def read(path: Path) -> tuple[TensorFiles, dict[str, object]]:
     if flaw is not None:
         raise ValueError(f"cannot read checkpoint {path}: {flaw}")
     manifest = json.loads((path / "manifest.json").read_text())
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in manifest["tensors"]}
+    tensors = {name: aligned(load_file(path / f"{name}.safetensors")) for name in manifest["tensors"]}
     return tensors, json.loads((path / "facts.json").read_text())
+
+
+def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in memory of their own: those of a file lie anywhere, and sums over such ones may round otherwise."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], facts: str) -> None:

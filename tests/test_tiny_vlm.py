@@ -106,7 +106,7 @@ def test_written_prompts_load_as_data_with_picture_and_target(tmp_path):
     for prompt, example in zip(prompts, some("held_out", 8), strict=True):
         assert (prompt.text, prompt.target) == (example.question.text, example.question.answer)
         assert prompt.columns == {"kind": example.question.kind}
-        with Image.open(prompt.media["image"]) as picture:
+        with Image.open(prompt.media["image"][0]) as picture:
             np.testing.assert_array_equal(np.asarray(picture), draw(example.scene))
 
 
