@@ -87,7 +87,12 @@ def test_a_planted_import_in_the_mathematics_is_found() -> None:
     assert inner_crossings(allowed + "from mmgrpo import trainer\nimport numpy") == {"mmgrpo.trainer", "numpy"}
 
 
-def test_the_readme_has_a_line_for_every_file() -> None:
-    tree = (ROOT / "README.md").read_text().split("```")[3]
-    lines = {line.split()[0] for line in tree.splitlines() if line.strip()}
-    assert {path.name for path in FILES if path.name != "__init__.py"} <= lines
+def test_the_readme_has_one_line_for_every_file() -> None:
+    """Under the folder that holds it; folders stand at the margin, files below them."""
+    tree = [line for line in (ROOT / "README.md").read_text().split("```")[3].splitlines() if line.strip()]
+    folders = [line.split()[0] if line[0] != " " else "" for line in tree]
+    inside = [next(name for name in reversed(folders[: place + 1]) if name) for place in range(len(tree))]
+    listed = [folder + line.split()[0] for folder, line in zip(inside, tree, strict=True) if line[0] == " "]
+    assert len(listed) == len(set(listed))
+    files = {path.relative_to(ROOT).as_posix() for path in FILES if path.name != "__init__.py"}
+    assert {line for line in listed if line.endswith(".py")} == files
