@@ -26,6 +26,7 @@ sys.path.insert(0, str(HERE.parent))  # runs from a plain checkout
 
 from assets.make_speech_demo import FOLDER, LEVEL, NOISES, spoken
 from assets.speech_noises import RATE, draw
+from assets.train_image_demo import exchange
 from mmgrpo.data import load_prompts, requests
 from mmgrpo.schedules import all_but_last
 from mmgrpo.seeds import derive
@@ -114,14 +115,6 @@ def train(
             report(step)
             if step < steps:
                 exchange(weights, average)
-
-
-@torch.no_grad()
-def exchange(weights: list[nn.Parameter], values: list[Tensor]) -> None:
-    """Swap the contents of the two lists."""
-    kept = [weight.clone() for weight in weights]
-    torch._foreach_copy_(weights, values)
-    torch._foreach_copy_(values, kept)
 
 
 def spoken_by(policy: SpeechPolicy, prompts: list[Prompt], drawn: bool) -> Samples:

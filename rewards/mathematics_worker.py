@@ -1,4 +1,5 @@
-"""The process in which `rewards.mathematics` compares expressions: lines of JSON in, one line of JSON out for each.
+"""The process in which `rewards.mathematics` compares expressions: lines of JSON in, one line of JSON out for each,
+as `rewards.pool` asks.
 
 It runs as a file of its own and imports nothing of ours, so that it starts fast and can be killed at any time.
 """
@@ -48,7 +49,9 @@ def serve() -> None:
     bound_memory(4 << 30)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        print(json.dumps(compare(**json.loads(line))), file=replies, flush=True)
+        question = json.loads(line)
+        del question["sizes"]  # of arrays, which expressions have none of
+        print(json.dumps({"value": compare(**question)}), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,13 @@ class Pool:
                 if process is not None and now > worker.deadline:
                     process.kill()
 
+    def drop(self) -> None:
+        """Kill what the processes work on: those questions have no answer, the next ones start the processes anew."""
+        for worker in self.workers:
+            process = worker.process
+            if process is not None:
+                process.kill()
+
     def close(self) -> None:
         """End the processes; questions that wait are dropped."""
         self.closed.set()

@@ -217,7 +217,7 @@ def test_an_answer_that_is_python_is_not_run(tmp_path: Path):
 def test_the_comparing_process_ends_with_its_reward():
     comparer = Comparer(timeout=5.0, digits=6)
     assert comparer("1", "1.0") == (True, True)
-    process = comparer.process
+    process = comparer.pool.workers[0].process
     assert process is not None and process.poll() is None
     del comparer
     assert process.poll() is not None
