@@ -58,6 +58,7 @@ def remember(run: Run, folder: Path) -> None:
 def look(run: Run, folder: Path) -> dict[str, float]:
     """The held-out scores and how far they moved since the start; -> metrics, and held_out.txt for people."""
     scores = held_out(run)
+    moved.keep(folder, scores, moved.NOW)
     taught = {"loss": 1.0} if run.recipe.train.stage == "pretrain" else {}
     found = moved.compared(moved.kept(folder), scores, run.weights | taught)
     (folder / REPORT).write_text("".join(f"{one.said()}\n" for one in found), encoding="utf-8")

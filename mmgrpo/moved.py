@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-START = "held_out_start.json"
+START, NOW = "held_out_start.json", "held_out_now.json"
 SEEN = 3.0  # standard errors from which on a change counts as seen
 
 
@@ -48,15 +48,15 @@ def compared(before: Mapping[str, Tensor], now: Mapping[str, Tensor], weights: M
     return sorted(found, key=lambda one: (one.trained, one.name))
 
 
-def keep(folder: Path, scores: Mapping[str, Tensor]) -> None:
-    """Write the scores of the start, which later ones are compared with."""
+def keep(folder: Path, scores: Mapping[str, Tensor], name: str = START) -> None:
+    """Write the scores of the start, which later ones are compared with, or the newest."""
     plain = {name: [None if math.isnan(value) else value for value in found.tolist()] for name, found in scores.items()}
-    (folder / START).write_text(json.dumps(plain) + "\n", encoding="utf-8")
+    (folder / name).write_text(json.dumps(plain) + "\n", encoding="utf-8")
 
 
-def kept(folder: Path) -> dict[str, Tensor]:
-    """The scores of the start; none if they were not measured."""
-    path = folder / START
+def kept(folder: Path, name: str = START) -> dict[str, Tensor]:
+    """The scores of the start, or the newest; none if they were not measured."""
+    path = folder / name
     if not path.exists():
         return {}
     plain = json.loads(path.read_text(encoding="utf-8"))

@@ -44,8 +44,8 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     took = demos.align(training, folder)
     with training.averaged():
         after = held_out_samples(training.policy, training.held_out, 1, seed)
-    judges = training.rewards | training.watched
-    reached, given = (score(judges, training.weights, found).rewards for found in (after, unprocessed(after)))
+    given = score(training.rewards | training.watched, training.weights, unprocessed(after)).rewards
+    reached = {name: values for name, values in moved.kept(folder, moved.NOW).items() if name in given}
     changes = moved.compared(moved.kept(folder), reached, training.weights)
     found, rate = kinds(before, after), before.rate
     assert rate is not None
