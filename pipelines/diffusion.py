@@ -24,6 +24,7 @@ from pipelines.native import native
 from pipelines.options import Options
 from pipelines.schedulers import quiet, require_supported
 from pipelines.settle import settle
+from pipelines.source_videos import Cut, require_usable
 from pipelines.tape import nested_pipelines
 
 Plan = Callable[[int, int, int], Tensor]  # (steps, iteration, seed) -> (S,) bool
@@ -56,6 +57,7 @@ class DiffusionPolicy:
 
         Raises ValueError with what differed and at which step if there is no such way.
         """
+        require_usable(prompts, self.engine.options.video)
         for pipeline in nested_pipelines(self.engine.pipeline):
             pipeline.set_progress_bar_config(disable=True)
         for module in self.engine.tape.modules.values():
@@ -122,6 +124,7 @@ def load(
     replay_steps: int = 1,
     same_noise: bool = False,
     columns: tuple[str, ...] = (),
+    video: Cut | None = None,
     gradient_checkpointing: bool = False,
     cache: Path | None = None,
 ) -> DiffusionPolicy:
@@ -133,7 +136,7 @@ def load(
     that predict the steps. lora: rank, alpha and targets of adapters; without it the components are trained whole.
     reduction: over the latent elements of a decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps
     of these samples in one forward of a replay. same_noise: start noise shared inside a group. columns: of the data,
-    passed to the call. cache: folder in which encodings are kept between runs.
+    passed to the call. video: frames, start, stride, height and width of the videos that prompts bring. cache: folder in which encodings are kept between runs.
     """
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")
@@ -149,6 +152,7 @@ def load(
         same_noise=same_noise,
         columns=columns,
         autocast=None if autocast is None else getattr(torch, autocast),
+        video=video or Cut(),
     )
     engine = Engine(loaded.to(place), options, f"{model}@{revision}", cache)
     return DiffusionPolicy(engine, plan, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)

@@ -116,7 +116,7 @@ class Engine:
             seats = {"rows": torch.full_like(rows, len(rows)), "seat": torch.arange(len(rows))}
             pieces.append(recorder.record | seats | {"place": rows})
             places.append(rows)
-        return pieces, arguments.join(samples, batch, torch.cat(places).argsort())
+        return pieces, arguments.join(samples, batch, torch.cat(places).argsort(), self.options.video)
 
     def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
         row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
@@ -265,7 +265,7 @@ class Engine:
         generators = [Generator().manual_seed(seeds.derive(batch.seed, "start", int(row))) for row in ids]
         asked = arguments.call_arguments(
             self.pipeline, batch.prompts, generators, self.options.call, self.options.columns,
-            form or self.layout.form,
+            form or self.layout.form, self.options.video,
         )  # fmt: skip
         with autocast(self.pipeline, self.options.autocast):
             return self.tape.run(listener, asked, seeds.derive(batch.seed, "global", batch.iteration))
