@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from assets.train_image_demo import exchange
 from mmgrpo.data import load_prompts, requests
 from mmgrpo.seeds import derive, normal
 from mmgrpo.types import Prompt, Samples
-from pipelines.arguments import load_media
 from pipelines.tiny_image import WordEncoder
 from pipelines.tiny_video import TinyVideoPipeline
 from rewards.dot_world import MOVES, SIZE, Walks, drawing, tracker, walks
@@ -45,10 +44,20 @@ MOVE = Component("move", values=WORDS, rest="stay")
 
 def sequences() -> dict[str, Tensor]:
     """Every sequence of four actions, in random parts that share none; the part "rest" is in no split."""
-    every = torch.tensor(list(itertools.product(range(len(WORDS)), repeat=LENGTH)))
+    every = torch.tensor([row for row in itertools.product(range(len(WORDS)), repeat=LENGTH) if possible(row)])
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(derive("sequences")))
     sizes = [*ROWS.values(), len(every) - sum(ROWS.values())]
     return dict(zip((*ROWS, "rest"), every[order].split(sizes), strict=True))
+
+
+def pool() -> Tensor:
+    """The sequences that both models are trained with, (N, n): all but those of validation and held-out prompts."""
+    return torch.cat([sequences()["train"], sequences()["rest"]])
+
+
+def possible(actions: Sequence[int]) -> bool:
+    """Four steps in one direction leave the world from everywhere."""
+    return len(set(actions)) > 1 or WORDS[actions[0]] == "stay"
 
 
 def shown(part: str) -> Walks:
@@ -65,7 +74,9 @@ def write_splits(folder: Path) -> None:
         for row, words in enumerate(named(real.actions)):
             name = f"first_frames/{part}_{row:03d}.png"
             Image.fromarray(frames[row].numpy()).save(folder / name, optimize=True)
-            colours = {key: [round(one, 4) for one in getattr(real, key)[row].tolist()] for key in ("dot", "background")}
+            colours = {
+                key: [round(one, 4) for one in getattr(real, key)[row].tolist()] for key in ("dot", "background")
+            }
             lines.append(json.dumps({"prompt": " ".join(words), "image": name, "actions": words, **colours}))
         (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -92,15 +103,17 @@ def untrained(seed: int) -> TinyVideoPipeline:
     return pipeline
 
 
-def flow_loss(pipeline: TinyVideoPipeline, pool: Tensor, wrong: float, generator: torch.Generator) -> Tensor:
+def flow_loss(pipeline: TinyVideoPipeline, known: Tensor, wrong: float, generator: torch.Generator) -> Tensor:
     """Rectified flow on fresh clips: squared error of the velocity noise - clip at a logit-normal time (mean 0.3); -> ().
 
-    The words are of `pool`, (N, n); each move of the clip is replaced with probability `wrong` by a random one.
+    The words are of `known`, (N, n); each move of the clip is replaced with probability `wrong` by a random one.
     """
-    words = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
+    words = known[torch.randint(len(known), (BATCH,), generator=generator)]
     other = torch.randint(len(WORDS), words.shape, generator=generator)
     replaced = torch.rand(words.shape, generator=generator) < wrong
-    clips = walks(torch.where(replaced, other, words), generator).clips().transpose(1, 2) * 2 - 1  # (B, 3, F, H, W)
+    moves = torch.where(replaced, other, words)
+    moves = torch.where((moves == moves[:, :1]).all(1, keepdim=True), words, moves)  # surely possible ones
+    clips = walks(moves, generator).clips().transpose(1, 2) * 2 - 1  # (B, 3, F, H, W)
     place = torch.linspace(0, 1, LENGTH + 1).view(1, 1, -1, 1, 1).expand_as(clips[:, :1])
     condition = torch.cat([clips[:, :, :1].expand_as(clips), place], 1)
     t = torch.sigmoid(torch.randn(BATCH, generator=generator) + 0.3)
@@ -119,10 +132,9 @@ def train(
     average = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
-    parts, generator = sequences(), torch.Generator().manual_seed(derive(seed, "generator"))
-    pool = torch.cat([parts["train"], parts["rest"]])
+    known, generator = pool(), torch.Generator().manual_seed(derive(seed, "generator"))
     for step in range(1, steps + 1):
-        flow_loss(pipeline, pool, wrong, generator).backward()
+        flow_loss(pipeline, known, wrong, generator).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -142,9 +154,9 @@ def train_reader(network: FramePairs, steps: int, seed: int) -> None:
     """AdamW on fresh real clips, half of them blurred by noise and shifted in colour, so that it reads drawn ones as well."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=READ_RATE, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
-    generator = torch.Generator().manual_seed(derive(seed, "inverse dynamics"))
+    known, generator = pool(), torch.Generator().manual_seed(derive(seed, "inverse dynamics"))
     for _ in range(steps):
-        actions = torch.randint(len(WORDS), (READ_BATCH, LENGTH), generator=generator)
+        actions = known[torch.randint(len(known), (READ_BATCH,), generator=generator)]
         clips = worn(walks(actions, generator).clips(), generator)
         cross_entropy(network(clips)[0].flatten(0, 1), actions.flatten()).backward()
         optimizer.step()
@@ -168,7 +180,7 @@ def generated(pipeline: TinyVideoPipeline, prompts: list[Prompt], count: int, st
     """`count` clips of each prompt from fixed noise, in `steps` Euler steps."""
     batch = requests(prompts, range(len(prompts)), group_size=count, seed=derive(seed, "measure"), iteration=0)
     latents = normal([derive(batch.seed, int(row)) for row in batch.sample], (3, LENGTH + 1, SIZE, SIZE))
-    frames = [load_media(prompt.media["image"][0]) for prompt in batch.prompts]
+    frames = [Image.open(prompt.media["image"][0]).convert("RGB") for prompt in batch.prompts]
     texts = [prompt.text for prompt in batch.prompts]
     clips = pipeline(
         texts, image=frames, num_frames=LENGTH + 1, num_inference_steps=steps, latents=latents, output_type="pt"
@@ -180,9 +192,7 @@ def measured(pipeline: TinyVideoPipeline, folder: Path, part: str, steps: int, s
     """What the tracker and the inverse-dynamics model read of 8 clips of each prompt, and how well they are drawn."""
     prompts = load_prompts(str(folder / f"{part}.jsonl"), media={"image": "image"})
     samples = generated(pipeline, prompts, 8, steps, seed)
-    model = pretrained(
-        source=str(folder / "inverse_dynamics"), network="rewards.inverse_dynamics_models:FramePairs"
-    )
+    model = pretrained(source=str(folder / "inverse_dynamics"), network="rewards.inverse_dynamics_models:FramePairs")
     found = {f"tracked {name}": one for name, one in measures(model=tracker(), components=(MOVE,))(samples).items()}
     found["read accuracy"] = measures(model=model, components=(MOVE,))(samples)["accuracy"]
     return {name: round(float(values.nanmean()), 4) for name, values in (found | drawing(samples)).items()}
@@ -192,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the generator")
     parser.add_argument("--wrong", type=float, default=0.5, help="share of moves that are not what the words say")
-    parser.add_argument("--read-steps", type=int, default=800, help="optimizer steps of the inverse-dynamics model")
+    parser.add_argument("--read-steps", type=int, default=400, help="optimizer steps of the inverse-dynamics model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--report-every", type=int, default=250, help="steps")

@@ -1,7 +1,7 @@
 """A world of one dot that obeys words, and what can be read off its pixels: where it went, and whether it still is one dot.
 
-The dot goes a step up, down, left or right, or stays. Dot and background differ from clip to clip. Coordinates are px from
-the top left corner, (x, y). Axes: B clips, n actions, F = n + 1 frames, H = W = 16 px.
+The dot goes one of 4 x 4 cells up, down, left or right, or stays. Colours of dot and background differ from clip to clip.
+Coordinates are px from the top left corner, (x, y). Axes: B clips, n actions, F = n + 1 frames, H = W = 16 px.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,7 @@ from torch import Tensor
 from mmgrpo.types import Samples, require_shape
 from rewards.inverse_dynamics import Recover
 
-SIZE, STEP, RADIUS = 16, 2.5, 2.0  # px
-MARGIN = 2.5  # px, how near a border the middle of the dot may come
+SIZE, STEP, RADIUS = 16, 4, 1.5  # px; a step is the side of a cell, in whose middle the dot stands
 MOVES = {"stay": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 HUES = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1))
 FAINT = 0.25  # distance in colour below which nothing stands out of a frame
@@ -36,10 +35,15 @@ class Walks:
 
 
 def walks(actions: Tensor, generator: torch.Generator) -> Walks:
-    """Random colours of 8 bits, and starts from which these actions, (B, n), keep the dot inside."""
-    count, offsets = len(actions), paths(torch.zeros(len(actions), 2), actions)
-    low, high = MARGIN - offsets.amin(1), SIZE - MARGIN - offsets.amax(1)
-    start = low + (high - low) * torch.rand(count, 2, generator=generator)
+    """Random colours of 8 bits, and starts from which these actions, (B, n), keep the dot inside.
+
+    Raises ValueError for actions that leave the world from everywhere.
+    """
+    count, offsets = len(actions), paths(torch.zeros(len(actions), 2), actions) / STEP
+    low, high = -offsets.amin(1), SIZE // STEP - 1 - offsets.amax(1)  # (B, 2) cells
+    if (low > high).any():
+        raise ValueError(f"no start keeps the dot inside for the actions {actions[(low > high).any(1)][0].tolist()}")
+    start = STEP * (low + ((high - low + 1) * torch.rand(count, 2, generator=generator)).floor() + 0.5)
     hue = torch.tensor(HUES)[torch.randint(len(HUES), (count,), generator=generator)]
     dot = hue * (0.75 + 0.25 * torch.rand(count, 1, generator=generator))
     background = 0.25 * torch.rand(count, 3, generator=generator)

@@ -30,7 +30,9 @@ def pretrained(
         raise ValueError(f"source is {source!r}, and there is no such folder")
     found = locate(network, "network")
     if not (isinstance(found, type) and issubclass(found, ModelMixin | PreTrainedModel)):
-        raise ValueError(f"network is {network!r}; expected a ModelMixin of diffusers or a PreTrainedModel of transformers")
+        raise ValueError(
+            f"network is {network!r}; expected a ModelMixin of diffusers or a PreTrainedModel of transformers"
+        )
     model = found.from_pretrained(source, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True)
     model = model.to(device).eval().requires_grad_(False)
 

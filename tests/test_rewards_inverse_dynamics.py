@@ -62,10 +62,13 @@ def reads_two(video: Tensor) -> list[Tensor]:
 def test_compound_actions_count_whole_or_by_component():
     video = clips_of(torch.tensor([[1, 0, 2, 2]]))
     video[:, 1:, 1] = torch.tensor([0, 2, 4, 3]).view(4, 1, 1) / 10
-    wanted = [{"key": 1, "camera": -9.0}, {"key": 0, "camera": 0.5}, {"key": 2, "camera": 2.0}, {"key": 0, "camera": 1.0}]
-    whole, mean = (
-        inverse_dynamics(model=reads_two, components=(KEY, CAMERA), form=form) for form in ("tuple", "mean")
-    )
+    wanted = [
+        {"key": 1, "camera": -9.0},
+        {"key": 0, "camera": 0.5},
+        {"key": 2, "camera": 2.0},
+        {"key": 0, "camera": 1.0},
+    ]
+    whole, mean = (inverse_dynamics(model=reads_two, components=(KEY, CAMERA), form=form) for form in ("tuple", "mean"))
     samples = asked([wanted], video)
     assert whole(samples).tolist() == [0.5]  # right, right, camera wrong, key wrong
     assert mean(samples).tolist() == [0.75]
@@ -175,7 +178,10 @@ def test_a_recipe_names_the_models_class_and_its_folder(tmp_path):
     with torch.no_grad():
         key, camera = (logits.argmax(2) for logits in network(video))
     values = [-9.0, -2.0, 0.0, 2.0, 9.0]
-    said = [[{"key": int(k), "camera": values[c]} for k, c in zip(*row, strict=True)] for row in zip(key, camera, strict=True)]
+    said = [
+        [{"key": int(k), "camera": values[c]} for k, c in zip(*row, strict=True)]
+        for row in zip(key, camera, strict=True)
+    ]
     assert {name: float(one.nanmean()) for name, one in reward(asked(said, video)).items() if name != "moving"} == {
         "accuracy": 1.0,
         "key": 1.0,
@@ -217,31 +223,34 @@ def test_the_small_network_reads_the_whole_clip_and_each_clip_alone():
 
 def walk(moves: list[str]) -> Walks:
     number = torch.tensor([[list(MOVES).index(move) for move in moves]])
-    return Walks(torch.tensor([[8.0, 8.0]]), number, torch.tensor([[1.0, 0, 0]]), torch.tensor([[0.0, 0, 0.2]]))
+    return Walks(torch.tensor([[6.0, 6.0]]), number, torch.tensor([[1.0, 0, 0]]), torch.tensor([[0.0, 0, 0.2]]))
 
 
 def drawn(given: Walks, video: Tensor) -> dict[str, Tensor]:
     rows = torch.arange(len(video))
-    columns = [{"dot": dot, "background": plain} for dot, plain in zip(given.dot.tolist(), given.background.tolist(), strict=True)]
+    columns = [
+        {"dot": dot, "background": plain}
+        for dot, plain in zip(given.dot.tolist(), given.background.tolist(), strict=True)
+    ]
     prompts = tuple(Prompt(row, "", columns=own) for row, own in enumerate(columns))
     return drawing(Samples(Batch(prompts, rows, rows, 0, 0), video=video))
 
 
 def test_a_walk_ends_where_its_moves_lead():
-    path = paths(torch.tensor([[8.0, 8.0]]), walk(["up", "left", "stay", "down"]).actions)[0]
-    assert path.tolist() == [[8, 8], [8, 8 - STEP], [8 - STEP, 8 - STEP], [8 - STEP, 8 - STEP], [8 - STEP, 8]]
+    path = paths(torch.tensor([[6.0, 6.0]]), walk(["up", "left", "stay", "down"]).actions)[0]
+    assert path.tolist() == [[6, 6], [6, 2], [2, 2], [2, 2], [2, 6]]
     clip = walk(["right"]).clips()[0]
     assert clip.shape == (2, 3, SIZE, SIZE)
-    assert clip[0, :, 8, 8].tolist() == [1, 0, 0] and clip[0, 2, 0, 0] == pytest.approx(0.2)
-    assert clip[0, 0].sum() == pytest.approx(torch.pi * 2**2, rel=0.05)
+    assert clip[0, :, 6, 6].tolist() == [1, 0, 0] and clip[0, 2, 0, 0] == pytest.approx(0.2)
+    assert clip[0, 0].sum() == pytest.approx(torch.pi * 1.5**2, rel=0.05)
 
 
 def test_random_walks_stay_inside_and_the_tracker_recovers_every_move():
     generator = torch.Generator().manual_seed(0)
-    actions = torch.randint(len(MOVES), (200, 4), generator=generator)
+    actions = torch.randint(len(MOVES), (200, 3), generator=generator)
     real = walks(actions, generator)
     path, clips = paths(real.start, actions), real.clips()
-    assert path.min() >= 2 and path.max() <= SIZE - 2
+    assert set(path.flatten().tolist()) == {2, 6, 10, 14}
     assert (middles(clips) - path).abs().max() < 0.05
     assert torch.equal(tracker()(clips).argmax(2), actions)
     assert torch.equal(tracker()((clips * 255).round() / 255).argmax(2), actions)
@@ -249,9 +258,14 @@ def test_random_walks_stay_inside_and_the_tracker_recovers_every_move():
     assert found["likeness"].min() > 0.99 and found["whole"].min() == 1
 
 
+def test_a_walk_that_must_leave_the_world_is_refused():
+    with pytest.raises(ValueError, match=r"no start keeps the dot inside for the actions \[1, 1, 1, 1\]"):
+        walks(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), torch.Generator())
+
+
 def test_a_move_of_another_length_or_of_nothing_is_no_move():
     stands = walk(["stay"]).clips()
-    half, twice = (draw(torch.tensor([[[8.0, 8.0], [8.0 + by, 8.0]]]), walk(["stay"]).dot, walk(["stay"]).background)
+    half, twice = (draw(torch.tensor([[[6.0, 6.0], [6.0 + by, 6.0]]]), walk(["stay"]).dot, walk(["stay"]).background)
                    for by in (0.45 * STEP, 1.6 * STEP))  # fmt: skip
     gone = stands.clone()
     gone[:, 1] = gone[:, 1, :, :1, :1]
@@ -282,7 +296,7 @@ def test_a_smear_a_second_dot_and_a_wrong_colour_are_no_whole_dot():
 
 def test_real_clips_are_the_ceiling():
     generator = torch.Generator().manual_seed(1)
-    actions = torch.randint(len(MOVES), (50, 4), generator=generator)
+    actions = torch.randint(len(MOVES), (50, 3), generator=generator)
     said = [[list(MOVES)[one] for one in row] for row in actions.tolist()]
     watch = measures(model=tracker(), components=(Component("move", values=tuple(MOVES), rest="stay"),))
     assert ceiling(watch, walks(actions, generator).clips(), said) == {"accuracy": 1.0, "moving": 1.0}
