@@ -37,7 +37,7 @@ from rewards.inverse_dynamics_models import FramePairs, pretrained
 WORDS, LENGTH = tuple(MOVES), 4  # the actions, and how many a prompt names
 ROWS = {"held_out": 64, "validation": 32, "train": 128}  # prompts; all other sequences are for training alone
 WIDTH, HEADS, LAYERS, PATCH = 96, 3, 3, 4
-BATCH, RATE, DECAY = 64, 2e-3, 0.998  # clips a step, learning rate at first, EMA
+BATCH, RATE, DECAY = 16, 2e-3, 0.998  # clips a step, learning rate at first, EMA
 READ_BATCH, READ_RATE = 64, 2e-3  # of the inverse-dynamics model
 MOVE = Component("move", values=WORDS, rest="stay")
 

@@ -63,9 +63,7 @@ def test_the_splits_share_neither_actions_nor_first_frames():
 
 def test_the_shipped_inverse_dynamics_model_reads_real_clips_of_held_out_worlds():
     asked = prompts("held_out")
-    model = pretrained(
-        source=str(SHIPPED / "inverse_dynamics"), network="rewards.inverse_dynamics_models:FramePairs"
-    )
+    model = pretrained(source=str(SHIPPED / "inverse_dynamics"), network="rewards.inverse_dynamics_models:FramePairs")
     actions = [prompt.text.split() for prompt in asked]
     found = ceiling(measures(model=model, components=(MOVE,)), real(asked), actions)
     assert found["accuracy"] > 0.98 and found["moving"] > 0.98
