@@ -1,6 +1,7 @@
 """A world of one dot that obeys words, and what can be read off its pixels: where it went, and whether it still is one dot.
 
-The dot goes one of 4 x 4 cells up, down, left or right, or stays. Colours of dot and background differ from clip to clip.
+The dot goes one of 4 x 4 cells up, down, left or right, or stays, on a floor that is lit from the side: more red to the right,
+more blue to the bottom, so that a place shows where it is. Colours of dot and floor differ from clip to clip.
 Coordinates are px from the top left corner, (x, y). Axes: B clips, n actions, F = n + 1 frames, H = W = 16 px.
 """
 
@@ -13,11 +14,11 @@ from torch import Tensor
 from mmgrpo.types import Samples, require_shape
 from rewards.inverse_dynamics import Recover
 
-SIZE, STEP, RADIUS = 16, 4, 1.5  # px; a step is the side of a cell, in whose middle the dot stands
+LIGHT = 0.25  # how much brighter the floor is at the far end
+SIZE, STEP, RADIUS = 16, 4, 2  # px; a step is the side of a cell, in whose middle the dot stands
 MOVES = {"stay": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
-HUES = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1))
 FAINT = 0.25  # distance in colour below which nothing stands out of a frame
-WHOLE = 0.8  # likeness from which on a frame shows one whole dot
+WHOLE = 0.5  # likeness from which on a frame shows one whole dot
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Walks:
     start: Tensor  # (B, 2) px, the middle of the dot
     actions: Tensor  # (B, n) int64, rows of MOVES
     dot: Tensor  # (B, 3) colour in [0, 1]
-    background: Tensor  # (B, 3) colour in [0, 1]
+    background: Tensor  # (B, 3) colour in [0, 1] of the floor where it is darkest
 
     def clips(self) -> Tensor:
         """Anti-aliased frames; -> (B, F, 3, H, W) in [0, 1]."""
@@ -44,9 +45,8 @@ def walks(actions: Tensor, generator: torch.Generator) -> Walks:
     if (low > high).any():
         raise ValueError(f"no start keeps the dot inside for the actions {actions[(low > high).any(1)][0].tolist()}")
     start = STEP * (low + ((high - low + 1) * torch.rand(count, 2, generator=generator)).floor() + 0.5)
-    hue = torch.tensor(HUES)[torch.randint(len(HUES), (count,), generator=generator)]
-    dot = hue * (0.75 + 0.25 * torch.rand(count, 1, generator=generator))
-    background = 0.25 * torch.rand(count, 3, generator=generator)
+    dot = 0.7 + 0.3 * torch.rand(count, 3, generator=generator)  # pale, as what differs little is learned late
+    background = 0.15 * torch.rand(count, 3, generator=generator)
     return Walks(start, actions, (dot * 255).round() / 255, (background * 255).round() / 255)
 
 
@@ -65,20 +65,31 @@ def draw(middle: Tensor, dot: Tensor, background: Tensor) -> Tensor:
     down = pixels - middle[..., 1, None]
     distance = torch.hypot(across[..., None, :], down[..., None])  # (B, F, H, W)
     share = (RADIUS + 0.5 - distance).clamp(0, 1)[:, :, None]
-    dot, background = dot[:, None, :, None, None], background[:, None, :, None, None]
-    return background + share * (dot - background)
+    plain = floor(background)[:, None]
+    return plain + share * (dot[:, None, :, None, None] - plain)
+
+
+def floor(background: Tensor) -> Tensor:
+    """An empty frame; (B, 3) -> (B, 3, H, W)."""
+    ramp = torch.linspace(0, LIGHT, SIZE)
+    light = torch.stack([ramp.expand(SIZE, SIZE), torch.zeros(SIZE, SIZE), ramp[:, None].expand(SIZE, SIZE)])
+    return background[:, :, None, None] + light
 
 
 # ---- what pixels show
 
 
 def middles(video: Tensor) -> Tensor:
-    """Centroid of what differs from a frame's median colour; (B, F, 3, H, W) -> (B, F, 2) px, NaN where nothing stands out."""
+    """Centroid of what stands out of the floor; (B, F, 3, H, W) -> (B, F, 2) px, NaN where nothing does.
+
+    The floor of a frame is the sum of what rows and columns have in common, by their medians.
+    """
     require_shape("video", video, None, None, 3, SIZE, SIZE)
-    plain = video.flatten(3).median(3).values[..., None, None]
+    rows = video.median(4, keepdim=True).values
+    plain = rows + (video - rows).median(3, keepdim=True).values
     away = (video - plain).norm(dim=2)  # (B, F, H, W)
     most = away.amax((2, 3), keepdim=True)
-    weight = (away / most - 0.3).clamp(min=0)  # without the noise of the background
+    weight = (away > most / 2).float()  # the lit floor makes one side of a dot stand out more
     pixels, total = torch.arange(SIZE) + 0.5, weight.sum((2, 3))
     found = torch.stack([(weight.sum(2) * pixels).sum(2) / total, (weight.sum(3) * pixels).sum(2) / total], 2)
     return found.masked_fill((most < FAINT)[:, :, 0], torch.nan)
@@ -104,7 +115,7 @@ def drawing(samples: Samples) -> dict[str, Tensor]:
     """How much frames look like one dot of the prompt's colours, wherever it is; means over the frames of a clip, (B,) each.
 
     "likeness": 1 minus the squared distance to a dot drawn at the frame's centroid, over that of an empty frame to it, at
-    least 0. "whole": share of frames of at least 0.8. Prompts have the columns dot and background, colours in [0, 1].
+    least 0. "whole": share of frames of at least 0.5. Prompts have the columns dot and background, colours in [0, 1].
     NaN: a pixel that is not finite.
     """
     if samples.video is None:
@@ -113,9 +124,7 @@ def drawing(samples: Samples) -> dict[str, Tensor]:
     dot, background = (torch.tensor([_colour(own, name) for own in columns]) for name in ("dot", "background"))
     middle = middles(samples.video)
     true = draw(middle.nan_to_num(-SIZE), dot, background)  # outside: an empty frame
-    missed, empty = (
-        (true - other).square().sum((2, 3, 4)) for other in (samples.video, background[:, None, :, None, None])
-    )
+    missed, empty = ((true - other).square().sum((2, 3, 4)) for other in (samples.video, floor(background)[:, None]))
     likeness = (1 - missed / empty.clamp(min=1e-6)).clamp(min=0)  # (B, F); 0 of an empty frame, as it missed by nothing
     likeness = likeness.masked_fill(middle.isnan().any(2), 0)
     finite = samples.video.flatten(1).isfinite().all(1)

@@ -11,7 +11,7 @@ from mmgrpo.advantages import standardize
 from mmgrpo.components import build, complete
 from mmgrpo.toml import RecipeError
 from mmgrpo.types import Batch, Prompt, Samples
-from rewards.dot_world import MOVES, SIZE, STEP, Walks, draw, drawing, middles, paths, tracker, walks
+from rewards.dot_world import MOVES, SIZE, STEP, Walks, draw, drawing, floor, middles, paths, tracker, walks
 from rewards.inverse_dynamics import Component, ceiling, inverse_dynamics, measures
 from rewards.inverse_dynamics_models import FramePairs, pretrained
 
@@ -241,8 +241,10 @@ def test_a_walk_ends_where_its_moves_lead():
     assert path.tolist() == [[6, 6], [6, 2], [2, 2], [2, 2], [2, 6]]
     clip = walk(["right"]).clips()[0]
     assert clip.shape == (2, 3, SIZE, SIZE)
-    assert clip[0, :, 6, 6].tolist() == [1, 0, 0] and clip[0, 2, 0, 0] == pytest.approx(0.2)
-    assert clip[0, 0].sum() == pytest.approx(torch.pi * 1.5**2, rel=0.05)
+    assert clip[0, :, 6, 6].tolist() == [1, 0, 0] and clip[0, :, 0, 15].tolist() == pytest.approx([0.25, 0, 0.2])
+    empty = floor(walk(["right"]).background)[0]
+    share = (clip[0, 0] - empty[0]) / (1 - empty[0])
+    assert share.sum() == pytest.approx(torch.pi * 2**2, rel=0.05)
 
 
 def test_random_walks_stay_inside_and_the_tracker_recovers_every_move():
@@ -268,7 +270,7 @@ def test_a_move_of_another_length_or_of_nothing_is_no_move():
     half, twice = (draw(torch.tensor([[[6.0, 6.0], [6.0 + by, 6.0]]]), walk(["stay"]).dot, walk(["stay"]).background)
                    for by in (0.45 * STEP, 1.6 * STEP))  # fmt: skip
     gone = stands.clone()
-    gone[:, 1] = gone[:, 1, :, :1, :1]
+    gone[:, 1] = floor(walk(["stay"]).background)
     read = tracker()
     assert [int(read(video).argmax(2)) for video in (stands, half, twice, gone)] == [0, 0, len(MOVES), len(MOVES)]
 
@@ -283,7 +285,7 @@ def test_a_smear_a_second_dot_and_a_wrong_colour_are_no_whole_dot():
     other = true.clone()
     other[:, 1] = true[:, 1].flip(1)
     empty = true.clone()
-    empty[:, 1] = true[:, 1, :, :1, :1]
+    empty[:, 1] = floor(given.background)
     lost = true.clone()
     lost[0, 0, 0, 0, 0] = torch.nan
     for video in (smear, second, other, empty):
