@@ -49,9 +49,10 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     write_clips(folder / "clips", before, after)
     draw(training, folder, before, after)
     draw_curve(folder, changes)
+    table: dict[str, object] = {"held_out": {one.name: demos.told(one) for one in changes}}
     facts = {"seed": seed, "iterations": training.iteration, "held_out_prompts": len(training.held_out)}
     shown = {"film strips": "film_strips.png", "curve": "curve.png", "clips": "clips"}
-    demos.conclude(folder, {"held_out": {one.name: demos.told(one) for one in changes}} | took | facts, shown)
+    demos.conclude(folder, table | took | facts, shown)
 
 
 def acted(training: Run) -> Samples:

@@ -41,7 +41,7 @@ class Component:
         if self.edges and isinstance(value, int | float):
             return bisect_right(self.edges, value)
         if value in self.values:
-            return self.values.index(value)  # type: ignore[arg-type]
+            return self.values.index(value)
         known = f"one of {list(self.values)}" if self.values else "a number"
         raise ValueError(f"component {self.name!r} of an action is {value!r}; expected {known}")
 

@@ -4,7 +4,7 @@ Axes: b clips, F frames, n = F - 1 actions, C classes of an action's component, 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -28,7 +28,7 @@ def pretrained(
     """
     if Path(source).is_absolute() and not Path(source).is_dir():
         raise ValueError(f"source is {source!r}, and there is no such folder")
-    found = locate(network, "network")
+    found: Any = locate(network, "network")
     if not (isinstance(found, type) and issubclass(found, ModelMixin | PreTrainedModel)):
         raise ValueError(
             f"network is {network!r}; expected a ModelMixin of diffusers or a PreTrainedModel of transformers"
