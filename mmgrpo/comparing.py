@@ -6,9 +6,10 @@ A plain function of the feedback needs none of this. Axes: B samples, S decision
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from mmgrpo.groups import group_std
+from mmgrpo.groups import group_std, spread
 from mmgrpo.types import Advantage, AdvantageFunction, Feedback, Informative, Policy, Samples, Trajectory
 
 Memory = Mapping[str, Tensor]
@@ -73,3 +74,28 @@ def facts_of(policy: Policy, trajectory: Trajectory, names: Sequence[str]) -> Ma
             "expected a policy that does, such as pipelines.vlm:load, or another advantage"
         )
     return found | (dict(policy.facts(trajectory, missing)) if missing and isinstance(policy, Informative) else {})
+
+
+# what every advantage function begins and ends with
+
+
+def scores_of(feedback: Feedback) -> Tensor:
+    """The weighted sum (B,); raises ValueError naming the reward that is infinite."""
+    for name, values in feedback.rewards.items():
+        if values.isinf().any():
+            raise ValueError(f"reward {name!r} is infinite for {int(values.isinf().sum())} of {len(values)} samples")
+    return feedback.total()
+
+
+def as_scores(values: Tensor, scores: Tensor) -> Tensor:
+    return values.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def compared(values: Tensor, scores: Tensor, group: Tensor) -> Advantage:
+    keep, (none_share, mean_std) = ~values.isnan(), spread(scores, group)
+    metrics = {
+        "groups_without_spread": none_share,
+        "group_std": mean_std,
+        "without_opinion": 1 - float(keep.double().mean()),
+    }
+    return Advantage(torch.where(keep, values, 0), keep, metrics)
