@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmgrpo.advantages import standardize
 from mmgrpo.comparing import Comparison, as_scores, compared, scores_of, with_spread
 from mmgrpo.groups import group_centred, within
 from mmgrpo.seeds import derive
@@ -206,21 +205,6 @@ def batch_whitened(*, baseline: bool = False) -> Comparison:
         return with_spread(feedback) if baseline else ~scores.isnan() & (scores != scores.nanmean())
 
     return Comparison(function, teaches=differs_from_batch)
-
-
-# ---- scales that depend on the prompt
-
-
-def rescaled(
-    feedback: Feedback, *, column: str, ddof: int = 1, eps: float = 1e-6, bounds: tuple[float, float] = (0.5, 2.0)
-) -> Advantage:
-    """GRPO times a factor of the prompt, from a column of the data and limited to `bounds`; after normalisation, which it survives."""
-    found = [prompt.columns.get(column) for prompt in feedback.prompts]
-    odd = next((value for value in found if isinstance(value, bool) or not isinstance(value, int | float)), None)
-    if len(found) != len(feedback.group) or None in found or odd is not None:
-        raise ValueError(f"advantage 'rescaled' needs a number in the column {column!r} of every prompt; got {odd!r}")
-    factor = torch.tensor(found, dtype=torch.float64).clamp(*bounds)
-    return _applied(lambda scores, group: standardize(scores.double(), group, ddof, eps) * factor, feedback)
 
 
 def _require_positive(**values: float | None) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_advantages import close, feedback, ids, numbers
 from torch import Tensor
 
-from mmgrpo.advantages import against_others, standardize, standardized
+from mmgrpo.advantages import against_others, standardize
 from mmgrpo.baselines import (
     against_log_mean_exp,
     balanced,
@@ -23,7 +23,6 @@ from mmgrpo.baselines import (
     median_centred,
     normal_ranks,
     pivots,
-    rescaled,
     shifted,
     virtual_best,
     whitened,
@@ -31,7 +30,7 @@ from mmgrpo.baselines import (
 )
 from mmgrpo.comparing import teaching
 from mmgrpo.groups import group_centred, group_sum
-from mmgrpo.types import Feedback, Prompt
+from mmgrpo.types import Feedback
 
 ONE = torch.zeros(5, dtype=torch.int64)
 Estimate = Callable[[Tensor, Tensor], Tensor]
@@ -139,18 +138,6 @@ def test_whitening_counts_decisions():
     torch.testing.assert_close(whitened(scores, lengths), expected[[0, 1, 4]])
     masked = Feedback({"r": scores}, {"r": 1.0}, ids(0, 1, 2), mask=torch.arange(3) < lengths[:, None])
     torch.testing.assert_close(batch_whitened()(masked).values, expected[[0, 1, 4]])
-
-
-def test_a_factor_of_the_prompt_comes_after_normalisation():
-    prompts = tuple(Prompt(n, "a", columns={"alpha": 0.957004}) for n in range(4))
-    judged = Feedback({"r": numbers(0.2, 0.4, 0.6, 0.8)}, {"r": 1.0}, ids(0, 0, 0, 0), prompts=prompts)
-    close(rescaled(judged, column="alpha").values, -1.111934, -0.370645, 0.370645, 1.111934, tolerance=1e-5)
-    close(
-        rescaled(judged, column="alpha", bounds=(2.0, 3.0)).values,
-        *(2 * standardized(judged, eps=1e-6).values).tolist(),
-    )
-    with pytest.raises(ValueError, match="'rescaled' needs a number in the column 'beta' of every prompt; got None"):
-        rescaled(judged, column="beta")
 
 
 # ---- properties
