@@ -86,6 +86,9 @@ class Samples:
     batch: Batch
     image: Tensor | None = None  # (B, 3, H, W) float32 in [0, 1]
     video: Tensor | None = None  # (B, F, 3, H, W) float32 in [0, 1]
+    source_video: Tensor | None = (
+        None  # (B, F, 3, H, W) float32 in [0, 1]: what was to be edited, the frames as the policy was given them
+    )
     audio: Tensor | None = None  # (B, C, N) float32 in [-1, 1]
     rate: int | None = None  # of the audio, Hz
     reference_audio: Tensor | None = None  # (B, C, N) float32: what the audio should have been, at its rate
