@@ -3,7 +3,7 @@
 import asyncio
 import os
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,14 +106,14 @@ async def ask(
     return reply
 
 
-async def converse(endpoint: Endpoint, bodies: list[Body], read: Read) -> list[Reply]:
+async def converse(endpoint: Endpoint, bodies: Sequence[Body], read: Read) -> list[Reply]:
     seats = asyncio.Semaphore(endpoint.concurrency)
     limits = httpx2.Limits(max_connections=endpoint.concurrency)
     async with httpx2.AsyncClient(timeout=None, limits=limits) as client:
         return await asyncio.gather(*(ask(client, seats, endpoint, body, read) for body in bodies))
 
 
-def ask_all(endpoint: Endpoint, bodies: list[Body], read: Read) -> list[Reply]:
+def ask_all(endpoint: Endpoint, bodies: Sequence[Body], read: Read) -> list[Reply]:
     """The replies to requests, in their order; in a thread of its own, as the caller's may have an event loop."""
     work: Coroutine[Any, Any, list[Reply]] = converse(endpoint, bodies, read)
     with ThreadPoolExecutor(1) as pool:

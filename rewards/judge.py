@@ -24,7 +24,7 @@ from torch import Tensor
 from mmgrpo.types import Prompt, Reward, Samples
 from rewards.answers import answer, texts
 from rewards.chat import Endpoint, Reply, ask_all, endpoint_url, read_key
-from rewards.pictures import Frames, choose, images, pictures, source_videos, videos, whole
+from rewards.pictures import Frames, choose, edits, images, pictures, videos, whole
 
 log = logging.getLogger(__name__)
 FIELDS = {"prompt", "answer", "target"}
@@ -176,9 +176,11 @@ def sound(samples: Samples, attach: Attach) -> list[bool]:
     if attach == "prompt":
         return [bool(image_files(prompt)) for prompt in samples.prompts]
     if attach == "edit":
-        return (whole(videos(samples)) & whole(source_videos(samples))).tolist()
+        video, source = edits(samples)
+        return (whole(video) & whole(source)).tolist()
     if attach == "sample":
-        return whole(images(samples) if samples.video is None else videos(samples)).tolist()
+        clips = samples.image is None and samples.video is not None
+        return whole(videos(samples) if clips else images(samples)).tolist()
     return [True] * len(samples)
 
 

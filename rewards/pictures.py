@@ -36,13 +36,14 @@ def videos(samples: Samples) -> Tensor:
     return samples.video
 
 
-def source_videos(samples: Samples) -> Tensor:
-    """What was to be edited, frame by frame as the clips of the samples: of their shape; raises ValueError otherwise."""
+def edits(samples: Samples) -> tuple[Tensor, Tensor]:
+    """The clips of the samples and what was to be edited, of one shape, frame by frame; raises ValueError otherwise."""
+    video = videos(samples)
     if samples.source_video is None:
         raise ValueError("the samples carry no source_video; expected that of an editing policy, (B, F, 3, H, W)")
-    same_shape(video=videos(samples), source_video=samples.source_video)
+    same_shape(video=video, source_video=samples.source_video)
     require_range("source_video", samples.source_video)
-    return samples.source_video
+    return video, samples.source_video
 
 
 def require_range(name: str, media: Tensor) -> None:

@@ -21,7 +21,7 @@ from torchvision.models import alexnet
 from mmgrpo.types import Prompt, Samples, same_shape
 from rewards.image import Precision
 from rewards.masks import edited_region
-from rewards.pictures import Frames, PictureReward, choose, frame_features, source_videos, videos, whole
+from rewards.pictures import Frames, PictureReward, choose, edits, frame_features, whole
 from rewards.video import embed_tokens
 
 WINDOW, SPREAD = 11, 1.5  # px, SSIM's window and its standard deviation
@@ -54,7 +54,7 @@ def compare(samples: Samples, measure: Measure, *, mask: str, batch: int) -> Ten
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
-    video, source = videos(samples), source_videos(samples)
+    video, source = edits(samples)
     scores, regions = torch.full((len(samples),), torch.nan), Regions(mask, video)
     for row in (whole(video) & whole(source)).nonzero()[:, 0].tolist():
         kept = regions.kept(samples.prompts[row])
@@ -225,7 +225,7 @@ def structure(
         return tokens(pictures)[:, 1:]
 
     def score(samples: Samples) -> Tensor:
-        video, source = videos(samples), source_videos(samples)
+        video, source = edits(samples)
         chosen, scores = choose(video.shape[1], frames), torch.full((len(samples),), torch.nan)
         for row in (whole(video) & whole(source)).nonzero()[:, 0].tolist():
             ours, theirs = (

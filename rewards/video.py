@@ -22,8 +22,8 @@ from rewards.pictures import (
     Frames,
     PictureReward,
     choose,
+    edits,
     frame_features,
-    source_videos,
     videos,
     whole,
 )
@@ -180,7 +180,7 @@ def source_likeness(
     embed = embed_clip(model, revision, dtype, device)
 
     def score(samples: Samples) -> Tensor:
-        source, video = source_videos(samples), videos(samples)
+        video, source = edits(samples)
         chosen = choose(video.shape[1], frames)
         ours, theirs = (frame_features(clip, embed, batch=batch, chosen=chosen) for clip in (video, source))
         scores = cosine_similarity(ours, theirs, dim=-1).mean(1)
