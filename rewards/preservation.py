@@ -155,12 +155,13 @@ class Lpips(nn.Module):
 
     def __init__(self, weights: Mapping[str, Tensor], source: str) -> None:
         super().__init__()
-        features = alexnet(weights=None).features
+        with torch.device("meta"):  # its classifier, which is not used, is large
+            features = alexnet(weights=None).features
         expected = {f"features.{name}" for name in features.state_dict()} | {row_name(at) for at in range(5)}
         if weights.keys() != expected:
             odd = sorted(weights.keys() ^ expected)
             raise ValueError(f"{source!r} is no LPIPS: {len(odd)} weights too many or missing, such as {odd[0]!r}")
-        features.load_state_dict({name: weights[f"features.{name}"] for name in features.state_dict()})
+        features.load_state_dict({name: weights[f"features.{name}"] for name in features.state_dict()}, assign=True)
         self.stages = nn.ModuleList(features[start:stop] for start, stop in pairwise(CUTS))
         self.rows = nn.ParameterList(nn.Parameter(weights[row_name(at)]) for at in range(5))  # (1, C, 1, 1) each
         self.shift = nn.Buffer(torch.tensor(SHIFT)[:, None, None])
