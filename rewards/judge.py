@@ -70,6 +70,8 @@ def judge(
     """
     several = not isinstance(template, str)
     templates = {"": template} if isinstance(template, str) else dict(template)
+    if not templates:
+        raise ValueError("template is empty; expected a text, or a table of at least one")
     named = {part: check_template(text, attach) for part, text in templates.items()}
     low, high = check_scale(scale)
     places = check_standard(standard, templates) if standard else dict.fromkeys(templates, (low, high - low))
@@ -98,7 +100,7 @@ def judge(
         replies = ask_all(endpoint, bodies, lambda text: read_score(text, low, high))
         for (row, part), reply in zip(asked, replies, strict=True):
             values[part][row] = torch.nan if reply.score is None else reply.score
-        report(model, replies, len(templates) * len(samples))
+        report(model, replies, len(templates) * len(samples), "questions" if several else "samples")
         scores = {part: placed(values[part], *places[part]) for part in templates}
         return scores if several else scores[""]
 
@@ -110,11 +112,11 @@ def placed(values: list[float | None], zero: float, unit: float) -> Tensor:
     return ((torch.tensor(values, dtype=torch.float64) - zero) / unit).float()
 
 
-def report(model: str, replies: list[Reply], total: int) -> None:
+def report(model: str, replies: list[Reply], total: int, what: str) -> None:
     """One line of the log that counts the causes of missing scores, if any is missing."""
     if problems := Counter(reply.problem for reply in replies if reply.score is None):
         why = ", ".join(f"{problem} ({count})" for problem, count in sorted(problems.items()))
-        log.warning("judge %s: %d of %d samples have no score: %s", model, problems.total(), total, why)
+        log.warning("judge %s: %d of %d %s have no score: %s", model, problems.total(), total, what, why)
 
 
 # ---- what is asked

@@ -26,13 +26,13 @@ class Terms(NamedTuple):
 
 
 def instruction_following(to_edited: Tensor, to_source: Tensor) -> Tensor:
-    """R_IF = C(V_edit, t_edit) - C(V_edit, t_src), without a source caption (NaN) C(V_edit, t_edit); (B,) each.
+    """R_IF = C(V_edit, t_edit) - C(V_edit, t_src); (B,) each.
 
     Within a group it differs by a constant from the gains of both captions together,
     (C(V_edit, t_edit) - C(V_src, t_edit)) + (C(V_src, t_src) - C(V_edit, t_src)).
     """
     same_shape(to_edited=to_edited, to_source=to_source)
-    return to_edited - to_source.nan_to_num(nan=0.0)
+    return to_edited - to_source
 
 
 def viva(
@@ -50,7 +50,7 @@ def viva(
     R_IF is `instruction_following`, C the image reward `alignment` (a CLIP cosine), R_SP the video reward `likeness` to
     the source, R_PS the image reward `preference` (PickScore); image rewards are means over `frames`, the same for a whole
     group. `edited` and `source` name the columns with a caption of the video after and before the edit; a prompt may lack
-    the second, not the first. Without R_IF a copy of the source is best: it has R_SP = 1. With the recipe's weight 1 the
+    the second, not the first: R_IF is then C(V_edit, t_edit). Without R_IF a copy of the source is best: it has R_SP = 1. With the recipe's weight 1 the
     run's total is the sum. NaN in all three where one of them has no opinion, so that no part of the sum stands for it.
     Source: VIVA, arXiv 2512.16906, equations 1 to 7; its weights are not published.
     """
@@ -75,9 +75,9 @@ def viva(
 
 
 def source_alignment(aligned: Reward, samples: Samples, source: str) -> Tensor:
-    """C(V_edit, t_src), NaN for a prompt without the caption; (B,)."""
+    """C(V_edit, t_src), 0 for a prompt without the caption, so that R_IF is C(V_edit, t_edit); (B,)."""
     known = [row for row, prompt in enumerate(samples.prompts) if prompt.columns.get(source)]
-    scores = torch.full((len(samples),), torch.nan)
+    scores = torch.zeros(len(samples))
     if known:
         part = samples.take(torch.tensor(known))
         scores[known] = single(aligned, captioned(part, [caption(prompt, source) for prompt in part.prompts]))
