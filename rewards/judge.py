@@ -83,7 +83,8 @@ def judge(
     before = [{"role": "system", "content": system}] if system else []
 
     def reward(samples: Samples) -> Tensor | Mapping[str, Tensor]:
-        values = {part: settled(samples, fields, tag, limit, attach, low) for part, fields in named.items()}
+        fine = sound(samples, attach)
+        values = {part: settled(samples, fields, tag, limit, fine, low) for part, fields in named.items()}
         asked = [(row, part) for row in range(len(samples)) for part in templates if values[part][row] is None]
 
         @lru_cache(concurrency)  # the questions about a sample follow each other
@@ -158,14 +159,13 @@ def check_standard(
 
 
 def settled(
-    samples: Samples, named: set[str], tag: str | None, limit: int, attach: Attach, worst: float
+    samples: Samples, named: set[str], tag: str | None, limit: int, fine: list[bool], worst: float
 ) -> list[float | None]:
     """What needs no judge: NaN without a target or with broken media, the worst without a fit answer; None: ask. B values."""
     values: list[float | None] = [None] * len(samples)
     if "answer" in named:
         answers = [answer(text, tag) for text in texts(samples)]
         values = [worst if found is None or len(found) > limit else None for found in answers]
-    fine = sound(samples, attach)
     values = [value if good else torch.nan for value, good in zip(values, fine, strict=True)]
     if "target" in named:
         absent = [prompt.target is None for prompt in samples.prompts]

@@ -1,6 +1,8 @@
 """Every video reward through the same properties, on tiny random networks; then frames, and consistency in time."""
 
 import math
+import re
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import CLIPModel, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmgrpo.components import build
+from mmgrpo.components import build, complete
 from mmgrpo.types import Reward, Samples
 from rewards.compose import components
 from rewards.image import jpeg_incompressibility, pick_score
@@ -249,6 +251,17 @@ def test_a_recipes_table_names_the_image_reward_and_the_frames():
     sizes = [jpeg_incompressibility(frame(given(), at), quality=90) for at in (0, 4)]
     near(build(table, "rewards.it")(given()), torch.stack(sizes).amin(0))
     near(build(table | {"frames": [4], "over": "mean"}, "rewards.it")(given()), sizes[1])
+
+
+def test_the_recipe_of_the_readme_for_videos_is_accepted():
+    readme = (Path(__file__).parent.parent / "rewards" / "README.md").read_text()
+    (recipe, *_) = re.findall(r"```toml\n(.*?)```", readme.split("### Video")[1], re.DOTALL)
+    tables = tomllib.loads(recipe)["rewards"]
+    names = [table["name"] for table in tables]
+    assert names == ["text", "subject", "flow", "background", "viva", "edit", "videoalign"]
+    for table in tables:
+        options = {key: value for key, value in table.items() if key not in ("name", "weight")}
+        assert complete(options, table["name"]).keys() >= options.keys()
 
 
 def frame(samples: Samples, at: int) -> Samples:
