@@ -133,7 +133,7 @@ def masked_ssim(frame: Frame) -> Tensor:
 
 
 def psnr(samples: Samples, *, mask: str = "mask", most: float = 60.0, batch: int = 16) -> Tensor:
-    """PSNR outside the edited region in dB, mean over frames; (B,), at most `most`, what a copy gets. NaN as `compare`."""
+    """PSNR outside the edited region in dB, mean over frames; (B,), at most `most`, as a copy has. NaN as `compare`."""
     if not 0 < most < float("inf"):
         raise ValueError(f"most is {most} dB; expected more than 0, finite")
     return compare(samples, partial(masked_psnr, most=most), mask=mask, batch=batch)
@@ -185,9 +185,9 @@ def row_name(at: int) -> str:
 def lpips(*, checkpoint: str, mask: str = "mask", device: str = "cpu", batch: int = 8) -> PictureReward:
     """-LPIPS with the edited region filled from the source in both, mean over frames; (B,), at most 0, a copy 0.
 
-    `checkpoint` is a safetensors file with AlexNet and the published rows (rewards/README.md tells how to make it). At the
-    frames' own size, at least 31 px a side; the mean is over the whole frame, edited region included, so compare within
-    a group. NaN as `compare`.
+    `checkpoint` is a safetensors file with AlexNet and the published rows (rewards/README.md tells how to make it). At
+    the frames' own size, at least 31 px a side; the mean is over the whole frame, edited region included, so compare
+    within a group. NaN as `compare`.
     """
     network = Lpips(load_file(checkpoint), checkpoint).eval().to(device)
 
@@ -214,7 +214,7 @@ def structure(
     device: str = "cpu",
     batch: int = 32,
 ) -> PictureReward:
-    """-`structure_distance` of DINO's last patch states, clip against source, mean over the chosen frames; (B,), [-4, 0].
+    """-`structure_distance` of DINO's last patch states to the source's, mean over the chosen frames; (B,) in [-4, 0].
 
     Of whole frames: it asks whether the layout is still there, whatever the look. `model`: a folder or hub name, as in
     `rewards.video.subject_consistency`. NaN: a pixel of either that is not finite.

@@ -309,8 +309,9 @@ def test_a_clip_of_one_frame_has_no_consistency():
 @torch.no_grad()
 def by_hand(video: Tensor, model: torch.nn.Module, process: Callable[..., dict[str, Tensor]]) -> Tensor:
     """The class token's last state of every frame, one at a time; (B, F, D)."""
-    states = [[model(pixel_values=process(images=pictures(f[None]), return_tensors="pt")["pixel_values"]) for f in clip] for clip in video]  # fmt: skip
-    return torch.stack([torch.stack([state.last_hidden_state[0, 0] for state in clip]) for clip in states])
+    inputs = [process(images=[picture], return_tensors="pt") for picture in pictures(video.flatten(0, 1))]
+    states = [model(pixel_values=one["pixel_values"]).last_hidden_state[0, 0] for one in inputs]
+    return torch.stack(states).unflatten(0, video.shape[:2])
 
 
 def test_subject_consistency_looks_at_dinos_class_token(builders: dict[str, Build], dino_folder: str):
