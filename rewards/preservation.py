@@ -139,7 +139,7 @@ def psnr(samples: Samples, *, mask: str = "mask", most: float = 60.0, batch: int
     return compare(samples, partial(masked_psnr, most=most), mask=mask, batch=batch)
 
 
-def ssim(samples: Samples, *, mask: str = "mask", batch: int = 16) -> Tensor:
+def ssim(samples: Samples, *, mask: str = "mask", batch: int = 4) -> Tensor:
     """SSIM (`ssim_map`) outside the edited region, mean over frames; (B,) in [-1, 1], a copy 1. NaN as `compare`."""
     return compare(samples, masked_ssim, mask=mask, batch=batch)
 
