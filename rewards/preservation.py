@@ -6,6 +6,7 @@ by one with the source as the policy was given it, so the two have one shape.
 Axes: B samples, b frames at a time, F frames, C channels, H, W height and width, D features, N patches.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, normalize
+from torch.nn.functional import normalize
 from torchvision.models import alexnet
 
 from mmgrpo.types import Prompt, Samples, same_shape
@@ -102,26 +103,29 @@ def ssim_map(one: Tensor, two: Tensor) -> Tensor:
     same_shape(one=one, two=two)
     if min(one.shape[-2:]) < WINDOW:
         raise ValueError(f"frames of {tuple(one.shape[-2:])} px; SSIM expects at least {WINDOW} x {WINDOW}")
-    blur = partial(windowed, weights=gaussian().to(one.device))
-    mean1, mean2 = blur(one), blur(two)
-    square1, square2, product = blur(one * one), blur(two * two), blur(one * two)
+    one, two = one.double(), two.double()  # variances are differences of near numbers
+    mean1, mean2 = windowed(one), windowed(two)
+    square1, square2, product = windowed(one * one), windowed(two * two), windowed(one * two)
     spread1, spread2, joint = square1 - mean1.square(), square2 - mean2.square(), product - mean1 * mean2
     likeness = (2 * mean1 * mean2 + FIRST) / (mean1.square() + mean2.square() + FIRST)
     return (likeness * (2 * joint + SECOND) / (spread1 + spread2 + SECOND)).mean(1)
 
 
-def gaussian() -> Tensor:
-    """(11,) float64, summing to 1."""
-    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    weights = (-offsets.square() / (2 * SPREAD**2)).exp()
-    return weights / weights.sum()
+def gaussian() -> list[float]:
+    """The weights of a window along one axis, summing to 1; 11 of them."""
+    weights = [math.exp(-((at - WINDOW // 2) ** 2) / (2 * SPREAD**2)) for at in range(WINDOW)]
+    return [weight / sum(weights) for weight in weights]
 
 
-def windowed(image: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean over every window; float64, as variances are differences of near numbers; same layout."""
-    planes = image.double().flatten(0, 1)[:, None]  # (b * C, 1, H, W)
-    blurred = conv2d(conv2d(planes, weights[None, None, None, :]), weights[None, None, :, None])
-    return blurred[:, 0].unflatten(0, image.shape[:2])
+def windowed(image: Tensor) -> Tensor:
+    """Weighted mean over every window, one axis after the other; (b, C, H, W) -> (b, C, H - 10, W - 10)."""
+    for axis in (2, 3):
+        length, weights = image.shape[axis] - WINDOW + 1, gaussian()
+        total = image.narrow(axis, 0, length) * weights[0]
+        for at, weight in enumerate(weights[1:], start=1):
+            total.add_(image.narrow(axis, at, length), alpha=weight)
+        image = total
+    return image
 
 
 def masked_ssim(frame: Frame) -> Tensor:
