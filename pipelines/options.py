@@ -23,6 +23,7 @@ class Options:
     same_noise: bool = False  # start noise shared inside a group
     columns: tuple[str, ...] = ()  # columns of the data passed to the call, row by row
     autocast: torch.dtype | None = None
+    offload_trajectory: bool = False  # it waits on the CPU for its replay
 
 
 @dataclass

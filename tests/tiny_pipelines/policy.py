@@ -57,6 +57,8 @@ def policy_of(
 ) -> tuple[DiffusionPolicy, list[Prompt]]:
     diffusers.logging.set_verbosity_error()
     pipeline = tiny.build().to(dtype)
+    for name in tiny.precise:
+        pipeline.components[name].to(torch.float32)
     call = {**tiny.call, **tiny.switch(guided)}
     call.pop("output_type", None)
     prompts, columns = prompts_of(tiny, folder)

@@ -157,7 +157,7 @@ REQUIRED = (
         batched=False,
         required=True,
     ),
-    row("LucyEdit", lucy_edit, CLIP, media=a_video, required=True),
+    row("LucyEdit", lucy_edit, CLIP, media=a_video, precise=("vae",), required=True),
 )
 
 ADDITIONAL = (
