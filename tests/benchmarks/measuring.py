@@ -83,11 +83,11 @@ class Bench(NamedTuple):
     device: torch.device
 
 
-def options(about: str | None) -> argparse.ArgumentParser:
+def options(about: str | None, sizes: Sequence[str] = tuple(SIZES)) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--size", choices=sizes, default="tiny")
     return parser
 
 
