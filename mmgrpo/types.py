@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class Samples:
     batch: Batch
     image: Tensor | None = None  # (B, 3, H, W) float32 in [0, 1]
     video: Tensor | None = None  # (B, F, 3, H, W) float32 in [0, 1]
+    source_video: Tensor | None = None  # (B, F, 3, H, W) float32 in [0, 1]: what was to be edited, as the policy saw it
     audio: Tensor | None = None  # (B, C, N) float32 in [-1, 1]
     rate: int | None = None  # of the audio, Hz
     reference_audio: Tensor | None = None  # (B, C, N) float32: what the audio should have been, at its rate
@@ -93,6 +94,11 @@ class Samples:
     text: tuple[str, ...] | None = None  # B
     length: Tensor | None = None  # (B,) int64 tokens of the text, its end included
     finished: Tensor | None = None  # (B,) bool: the text ended by itself, not at the limit
+    forwards: Tensor | None = (
+        None  # (B,) int64 evaluations of the model that the text took, where they are not its tokens
+    )
+    interleaved: tuple[tuple[str | Tensor, ...], ...] | None = None  # B answers: texts and images (3, H, W) in [0, 1]
+    part_end: Tensor | None = None  # (B, J) int64 decision with which each part of the answer ends, -1: no such part
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -103,11 +109,17 @@ class Samples:
 
     def take(self, rows: Tensor) -> "Samples":
         """The given rows of every field."""
-        text = None if self.text is None else tuple(self.text[row] for row in rows.tolist())
-        index = consecutive(rows)
-        values = ((item.name, getattr(self, item.name)) for item in fields(self))
-        taken: dict[str, Any] = {name: value[index] for name, value in values if isinstance(value, Tensor)}
-        return replace(self, batch=self.batch.take(rows), text=text, **taken)
+        index, order = consecutive(rows), rows.tolist()
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        taken: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        taken |= {
+            name: tuple(value[row] for row in order) for name, value in values.items() if isinstance(value, tuple)
+        }
+        return replace(self, batch=self.batch.take(rows), **taken)
+
+
+Kind = Literal["step", "token"]  # of a decision: a denoising step, a token
+KINDS: Mapping[Kind, int] = {"step": 0, "token": 1}
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,7 @@ class Trajectory:
 
     batch: Batch
     mask: Tensor  # (B, S) bool: the decision is trained
-    kind: Tensor  # (B, S) int64: which kind of decision (a denoising step is 0, a token is 1)
+    kind: Tensor  # (B, S) int64: which kind of decision, a number of KINDS
     record: Mapping[str, Tensor]  # the policy's own, every tensor leading with B
 
     def __post_init__(self) -> None:
@@ -146,7 +158,7 @@ class Feedback:
     rewards: Mapping[str, Tensor]  # name -> (B,) float32
     weights: Mapping[str, float]  # name -> weight in the total; 0 is watched but not trained on
     group: Tensor  # (B,) int64
-    step_rewards: Tensor | None = None  # (B, S) process rewards
+    step_rewards: Tensor | None = None  # (B, S) the weighted sum at the end of each part of an answer, NaN elsewhere
 
     def __post_init__(self) -> None:
         if self.rewards.keys() != self.weights.keys():
@@ -171,6 +183,7 @@ class Advantage(NamedTuple):
     values: Tensor  # (B,) or (B, S), finite
     keep: Tensor  # (B,) bool: the sample counts in the loss and in its denominators
     metrics: Mapping[str, float] = {}
+    imitate: Tensor | None = None  # (B,) bool: what loss.anchor_weight makes likelier, such as correct answers
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,7 @@ class Evaluation:
     step_std: Tensor | None = None  # S of a Gaussian decision, no gradient
     dt: Tensor | None = None  # positive length of a denoising step, no gradient
     mask: Tensor | None = None  # bool: the decision is trained; set for objectives by `objectives.masked`
+    kind: Tensor | None = None  # int64: which kind of decision; set for objectives by `improve.accumulate`
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""
@@ -207,7 +221,8 @@ class Chunk(NamedTuple):
 
 
 Consumer = Callable[[Chunk], None]
-Reward = Callable[[Samples], Tensor | Mapping[str, Tensor]]  # (B,), or named components of (B,)
+# (B,); or (B, J), a reward of each part of an answer, NaN where there is no part; or named components of either
+Reward = Callable[[Samples], Tensor | Mapping[str, Tensor]]
 AdvantageFunction = Callable[[Feedback], Advantage]
 
 

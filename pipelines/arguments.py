@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image, ImageSequence
+from PIL import Image
 from torch import Generator, Tensor, nn
 
 from mmgrpo.types import Prompt
+from pipelines.source_videos import Cut, is_animated, is_picture, read
 
 Form = Literal["list", "repeat", "single"]
 REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
@@ -43,6 +44,7 @@ def call_arguments(
     call: Mapping[str, Any],
     columns: Sequence[str],
     form: Form,
+    cut: Cut,
 ) -> dict[str, Any]:
     """Arguments that generate one sample per prompt; `repeat` needs equal prompts and passes them once."""
     known = parameters(pipeline)
@@ -54,8 +56,8 @@ def call_arguments(
     elif "batch_size" in known:
         arguments["batch_size"] = len(prompts)
     for name in prompts[0].media:
-        images = [conditions(prompt.media[name]) for prompt in asked]
-        arguments[name] = images if form == "list" else images[0]
+        media = [conditions(prompt.media[name], cut) for prompt in asked]
+        arguments[name] = media if form == "list" else media[0]
     for name in prompts[0].inputs:
         stacked = torch.stack([prompt.inputs[name] for prompt in prompts]).to(pipeline.device)
         arguments[name] = stacked.to(pipeline.dtype) if stacked.is_floating_point() else stacked
@@ -78,17 +80,18 @@ def forms(pipeline: DiffusionPipeline) -> list[Form]:
     return [*ways, "single"]
 
 
-def conditions(paths: Sequence[Path]) -> Any:
+def conditions(paths: Sequence[Path], cut: Cut) -> Any:
     """The conditioning medium of one prompt; several files are a list."""
-    media = [load_media(path) for path in paths]
+    media = [load_media(path, cut) for path in paths]
     return media[0] if len(media) == 1 else media
 
 
-def load_media(path: Path) -> Image.Image | list[Image.Image]:
-    """A conditioning image as RGB; of a file with several frames (GIF, WebP, PNG), the list of them: a video."""
-    with Image.open(path) as image:
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-    return frames if len(frames) > 1 else frames[0]
+def load_media(path: Path, cut: Cut) -> Image.Image | list[Image.Image]:
+    """A picture as RGB, or the chosen frames of a video or an animated picture (GIF, WebP, PNG)."""
+    if is_picture(path) and not is_animated(path):
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    return list(read(path, cut))
 
 
 def to_media(result: BaseOutput | tuple[Any, ...], count: int) -> dict[str, Tensor]:

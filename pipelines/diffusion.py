@@ -26,6 +26,7 @@ from pipelines.native import native
 from pipelines.options import Options
 from pipelines.schedulers import quiet, require_supported
 from pipelines.settle import settle
+from pipelines.source_videos import Cut, require_usable
 from pipelines.tape import nested_pipelines
 
 Plan = Callable[[int, int, int], Tensor]  # (steps, iteration, seed) -> (S,) bool
@@ -59,6 +60,7 @@ class DiffusionPolicy:
 
         Raises ValueError with what differed and at which step if there is no such way.
         """
+        require_usable(prompts, self.engine.options.video)
         for pipeline in nested_pipelines(self.engine.pipeline):
             pipeline.set_progress_bar_config(disable=True)
         for module in self.engine.tape.modules.values():
@@ -125,6 +127,7 @@ def load(
     replay_steps: int = 1,
     same_noise: bool = False,
     columns: tuple[str, ...] = (),
+    video: Cut | None = None,
     gradient_checkpointing: bool = False,
     cache: Path | None = None,
     offload_trajectory: bool = False,
@@ -139,9 +142,10 @@ def load(
     that predict the steps. lora: rank, alpha and targets of adapters; without it the components are trained whole.
     reduction: over the latent elements of a decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps
     of these samples in one forward of a replay. same_noise: start noise shared inside a group. columns: of the data,
-    passed to the call. cache: folder in which encodings are kept between runs. offload_trajectory: between rollout and
-    replay it is on the CPU. decode: all samples of a call at once, one at a time ("sliced"), or each in parts whose seams
-    are blended ("tiled"; conditions are encoded in parts too).
+    passed to the call. video: frames, start, stride, height and width of the videos that prompts bring. cache: folder in
+    which encodings are kept between runs. offload_trajectory: between rollout and replay it is on the CPU. decode: all
+    samples of a call at once, one at a time ("sliced"), or each in parts whose seams are blended ("tiled"; conditions are
+    encoded in parts too).
     """
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")
@@ -160,6 +164,7 @@ def load(
         same_noise=same_noise,
         columns=columns,
         autocast=None if autocast is None else getattr(torch, autocast),
+        video=video or Cut(),
         offload_trajectory=offload_trajectory,
     )
     engine = Engine(loaded.to(place), options, f"{model}@{revision}, {dtype}, {autocast}, {decode}", cache)

@@ -23,6 +23,7 @@ from pipelines.batching import Capture, DenoiserCall, doubled, joined, together
 from pipelines.listeners import Recorder, Replayer
 from pipelines.memo import Memo
 from pipelines.options import Layout, Options
+from pipelines.source_videos import given
 from pipelines.stubs import Stub
 from pipelines.tape import Discovery, Tape
 
@@ -114,7 +115,7 @@ class Engine:
             arguments.fill(media, made, rows, len(batch))
             arguments.fill(record, recorder.record | seats, rows, len(batch))
         rate = arguments.sampling_rate(self.tape.modules) if "audio" in media else None
-        return record, Samples(batch, rate=rate, **media)
+        return record, Samples(batch, rate=rate, source_video=given(batch.prompts, self.options.video), **media)
 
     def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
         row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
@@ -258,7 +259,7 @@ class Engine:
         generators = [Generator().manual_seed(seeds.derive(batch.seed, "start", int(row))) for row in ids]
         asked = arguments.call_arguments(
             self.pipeline, batch.prompts, generators, self.options.call, self.options.columns,
-            form or self.layout.form,
+            form or self.layout.form, self.options.video,
         )  # fmt: skip
         with autocast(self.pipeline, self.options.autocast):
             return self.tape.run(listener, asked, seeds.derive(batch.seed, "global", batch.iteration))

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 from decord import DECORDError, VideoReader
 from rich.progress import track
@@ -18,14 +19,36 @@ class Clip(NamedTuple):
 
 
 def opened(path: Path) -> VideoReader:
-    """The video's reader; raises ValueError naming the file if it cannot be read."""
+    """The video's reader; raises ValueError that says what is wrong with the file."""
+    require_whole(path)
     try:
         reader = VideoReader(str(path), num_threads=1)
     except (DECORDError, RuntimeError) as error:
-        raise ValueError(f"{path} is no readable video: {str(error).splitlines()[-1]}") from error
+        raise ValueError(f"is no readable video: {str(error).splitlines()[-1]}") from error
     if len(reader) == 0:
-        raise ValueError(f"{path} holds no frames")
+        raise ValueError("holds no frames")
     return reader
+
+
+def require_whole(path: Path) -> None:
+    """Raise ValueError if the file holds no moving pictures, or fewer frames than its index says."""
+    try:
+        with av.open(str(path)) as file:
+            if not file.streams.video:
+                kinds = " and ".join(sorted({stream.type for stream in file.streams})) or "nothing"
+                raise ValueError(f"holds {kinds}; expected moving pictures")
+            said = file.streams.video[0].frames  # 0 where the format does not say
+            there = sum(packet.size > 0 for packet in file.demux(video=0)) if said else 0
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"is no readable video: {error.strerror or error}") from error
+    if there < said:
+        raise ValueError(f"is cut off: its index names {said} frames, {there} are there")
+
+
+def first_frame(path: Path) -> av.VideoFrame:
+    """With the turn at which it is to be shown."""
+    with av.open(str(path)) as file:
+        return next(file.decode(video=0))
 
 
 def chosen(total: int, source_rate: float, count: int | None, rate: float | None) -> list[int]:
@@ -38,7 +61,10 @@ def chosen(total: int, source_rate: float, count: int | None, rate: float | None
 
 def read(path: Path, count: int | None, rate: float | None) -> Clip:
     """Frames of a video by number or by frames a second; raises ValueError naming the file."""
-    reader = opened(path)
+    try:
+        reader = opened(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
     total, source_rate = len(reader), float(reader.get_avg_fps())
     indices = chosen(total, source_rate, count, rate)
     try:

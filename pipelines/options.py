@@ -8,6 +8,7 @@ import torch
 
 from pipelines import arguments
 from pipelines.decisions import Kernel
+from pipelines.source_videos import Cut
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Options:
     same_noise: bool = False  # start noise shared inside a group
     columns: tuple[str, ...] = ()  # columns of the data passed to the call, row by row
     autocast: torch.dtype | None = None
+    video: Cut = field(default_factory=Cut)  # what is used of the videos that prompts bring
     offload_trajectory: bool = False  # it waits on the CPU for its replay
 
 

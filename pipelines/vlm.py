@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
+from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
 from pipelines import answers_check, patches, weights
 from pipelines.answers import Answers, Options
 from pipelines.conversation import Processor, Reader, Reading
@@ -30,7 +30,6 @@ from pipelines.decoding import Written
 from pipelines.sampling import Sampling
 
 Precision = Literal["float32", "bfloat16", "float16"]
-TOKEN = 1  # kind of a decision
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that adapters go to by default
 
 
@@ -94,7 +93,9 @@ class LanguagePolicy:
         record = {"token": written.token, "log_prob": written.log_prob, "length": written.length}
         if written.support is not None:
             record["support"] = written.support
-        return Trajectory(batch, mask, torch.full_like(written.token, TOKEN), record), self._samples(batch, written)
+        return Trajectory(batch, mask, torch.full_like(written.token, KINDS["token"]), record), self._samples(
+            batch, written
+        )
 
     def generate(self, batch: Batch) -> Samples:
         """One answer per row, the likeliest token each time."""

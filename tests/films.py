@@ -31,3 +31,18 @@ def noise(count: int, seed: int, height: int = 32, width: int = 32) -> list[np.n
     """Frames of coarse coloured noise, which survives compression."""
     blocks = np.random.default_rng(seed).integers(0, 256, (count, height // 8, width // 8, 3), dtype=np.uint8)
     return [frame.repeat(8, 0).repeat(8, 1) for frame in blocks]
+
+
+def index_first(content: bytes) -> bytes:
+    """An MP4 whose index stands before its frames, as files for the web have it."""
+    boxes, at = {}, 0
+    while at < len(content):
+        size = int.from_bytes(content[at : at + 4])
+        boxes[content[at + 4 : at + 8]] = content[at : at + size]
+        at += size
+    index, place = bytearray(boxes.pop(b"moov")), boxes.pop(b"ftyp")
+    table = index.index(b"stco") + 8  # after the name and the version: a count, then where each chunk begins
+    for entry in range(int.from_bytes(index[table : table + 4])):
+        begin = table + 4 + 4 * entry
+        index[begin : begin + 4] = (int.from_bytes(index[begin : begin + 4]) + len(index)).to_bytes(4)
+    return place + bytes(index) + b"".join(boxes.values())
