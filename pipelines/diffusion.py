@@ -208,7 +208,7 @@ def decode_in_parts(pipeline: DiffusionPipeline, decode: Decode) -> None:
         if decode == "tiled":
             vae.enable_tiling()
     except NotImplementedError:
-        found = "no VAE" if vae is None else f"a {type(vae).__name__}, which cannot"
+        found = "no VAE" if vae is None else f"{type(vae).__name__}, which cannot"
         raise ValueError(
             f"policy.decode is {decode!r}; {type(pipeline).__name__} has {found}: expected 'whole'"
         ) from None

@@ -84,7 +84,7 @@ def test_a_vae_that_decodes_in_parts_makes_the_same_videos_up_to_rounding(decode
 
 
 @pytest.mark.parametrize(("name", "found"), [
-    ("StableVideoDiffusion", "a AutoencoderKLTemporalDecoder, which cannot"),
+    ("StableVideoDiffusion", "AutoencoderKLTemporalDecoder, which cannot"),
     ("DeepFloyd", "no VAE"),
 ])  # fmt: skip
 def test_decoding_in_parts_is_refused_where_nothing_can(name, found):
