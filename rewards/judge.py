@@ -58,11 +58,11 @@ def judge(
     """The judge's number, from `scale` = (worst, best) to [0, 1]; (B,), NaN where it gave none.
 
     `url` is the base, such as http://localhost:8000/v1. `template` names {prompt}, {answer}, the target as {target}; if
-    it does, a prompt without one is NaN. A table of templates gives components of its names, a question each. `tag` picks
-    the answer out of the text; no answer, or one longer than `limit` characters, is the worst and not asked about.
-    `attach` sends the image of the prompt, the image of the sample or else `frames` of its video, or with "edit" those of
-    the source video and of the sample's. `standard` gives each of several templates a mean and a standard deviation in
-    numbers of the scale: its component is then (number - mean) / deviation. `request` holds further fields, such as
+    it does, a prompt without one is NaN. A table of templates gives components of its names, a question each. `tag`
+    picks the answer out of the text; no answer, or one longer than `limit` characters, is the worst and not asked about.
+    `attach` sends the image of the prompt, the image of the sample or else `frames` of its video, or with "edit" those
+    of the source video and of the sample's. `standard` gives each of several templates a mean and a standard deviation
+    in numbers of the scale: its component is then (number - mean) / deviation. `request` holds further fields, such as
     max_tokens. The number is `read_score`'s. An attempt ends after `timeout` seconds; it is repeated `retries` times,
     after `pause` seconds, doubled each time, unless the status says that it is no use.
     Source: pointwise scores of UnifiedReward (arXiv 2503.05236), there x / 5, and 0 for a failure; the standard
@@ -83,7 +83,8 @@ def judge(
     before = [{"role": "system", "content": system}] if system else []
 
     def reward(samples: Samples) -> Tensor | Mapping[str, Tensor]:
-        values = {part: settled(samples, fields, tag, limit, attach, low) for part, fields in named.items()}
+        fine = sound(samples, attach)
+        values = {part: settled(samples, fields, tag, limit, fine, low) for part, fields in named.items()}
         asked = [(row, part) for row in range(len(samples)) for part in templates if values[part][row] is None]
 
         @lru_cache(concurrency)  # the questions about a sample follow each other
@@ -158,14 +159,13 @@ def check_standard(
 
 
 def settled(
-    samples: Samples, named: set[str], tag: str | None, limit: int, attach: Attach, worst: float
+    samples: Samples, named: set[str], tag: str | None, limit: int, fine: list[bool], worst: float
 ) -> list[float | None]:
-    """What needs no judge: NaN without a target or with broken media, the worst without a fit answer; None: ask. B values."""
+    """What needs no judge: NaN without target or sound media, the worst without a fit answer; None: ask. B values."""
     values: list[float | None] = [None] * len(samples)
     if "answer" in named:
         answers = [answer(text, tag) for text in texts(samples)]
         values = [worst if found is None or len(found) > limit else None for found in answers]
-    fine = sound(samples, attach)
     values = [value if good else torch.nan for value, good in zip(values, fine, strict=True)]
     if "target" in named:
         absent = [prompt.target is None for prompt in samples.prompts]

@@ -14,7 +14,7 @@ from mmgrpo.types import Prompt
 
 
 def edited_region(prompt: Prompt, medium: str, shape: Sequence[int]) -> Tensor | None:
-    """Where a prompt's mask says that its source is edited; (F, H, W) = `shape` -> bool of this shape, None without a mask.
+    """Where a prompt's mask says that its source is edited; (F, H, W) bool, None without a mask; `shape` is F, H, W.
 
     The medium holds one image for all frames, an image a frame, or a video of as many frames. A pixel is edited from
     mid-grey on. A mask of another size is stretched over the whole frame, as diffusers' video processor does with the
@@ -43,7 +43,12 @@ def read_mask(path: Path) -> list[Image.Image]:
 
 
 def read_video(path: Path) -> list[Image.Image]:
-    decord = importlib.import_module("decord")  # not there on every platform, and only masks that are videos need it
+    try:
+        decord = importlib.import_module(
+            "decord"
+        )  # not there on every platform, and only masks that are videos need it
+    except ImportError:
+        raise ValueError(f"the mask {path} is a video, which needs the package decord; expected images") from None
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         frames = reader.get_batch(range(len(reader))).asnumpy()  # (F, H, W, 3) uint8

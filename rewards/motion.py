@@ -1,4 +1,4 @@
-"""Motion in videos: optical flow, what it fails to explain, how much moves, how smoothly, and the guard against no motion.
+"""Motion in videos: optical flow, what it does not explain, how much moves, how smoothly; the guard against none.
 
 Axes: B samples, b pairs of frames at a time, F frames, C channels, H, W height and width. A flow is (b, 2, H, W), x
 before y, in pixels of the frames as they are, from one frame to where its content is in the other.
@@ -16,7 +16,7 @@ from torchvision.models.optical_flow import raft_large, raft_small
 from mmgrpo.types import Reward, Samples, require_shape, same_shape
 from rewards.compose import components
 from rewards.image import pick
-from rewards.pictures import PictureReward, videos, whole
+from rewards.pictures import PictureReward, require_frames, videos, whole
 
 Flow = Callable[[Tensor, Tensor], Tensor]  # frames and those they move to, (b, 3, H, W) in [0, 1] -> (b, 2, H, W) px
 Between = Callable[[Tensor, Tensor], Tensor]  # frames before and after, (b, 3, H, W) -> the frames in the middle
@@ -32,8 +32,8 @@ FASTEST = 0.05  # share of the pixels whose flow is the clip's
 def raft(*, checkpoint: str, size: Literal["small", "large"] = "large", updates: int = 12, device: str = "cpu") -> Flow:
     """RAFT (Teed and Deng 2020, arXiv 2003.12039) in torchvision, with weights of its names from a safetensors file.
 
-    Frames whose sides are no multiples of 8 px, or below 128 px, are resized bilinearly to the next that are; the flow is
-    brought back, in pixels of the frames as they came. `updates` is RAFT's number of refinements. float32.
+    Frames whose sides are no multiples of 8 px, or below 128 px, are resized bilinearly to the next that are; the flow
+    is brought back, in pixels of the frames as they came. `updates` is RAFT's number of refinements. float32.
     """
     pick("size", size, SIZES)
     if updates < 1:
@@ -88,8 +88,8 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 def visible(forward: Tensor, backward: Tensor) -> Tensor:
     """Whether a pixel's content is still seen in the next frame; (b, 2, H, W) px both -> (b, H, W) bool.
 
-    Not where |f + warp(g)|^2 >= 0.01 (|f|^2 + |warp(g)|^2) + 0.5, f the flow forward and g back (Sundaram et al. 2010, as
-    in Ruder et al., arXiv 1604.08610), and, which they leave open, not where x + f lies outside the frame.
+    Not where |f + warp(g)|^2 >= 0.01 (|f|^2 + |warp(g)|^2) + 0.5, f the flow forward and g back (Sundaram et al.
+    2010, as in Ruder et al., arXiv 1604.08610), and, ours, not where x + f lies outside the frame.
     """
     same_shape(forward=forward, backward=backward)
     back = warp(backward, forward)
@@ -129,7 +129,7 @@ class Pairs(NamedTuple):
 def pairs(samples: Samples, *, batch: int) -> Iterator[Pairs]:
     """Every frame and the next of each clip whose pixels are finite, `batch` pairs at a time; raises ValueError."""
     video = videos(samples)
-    require_frames(video, 2)
+    require_frames(video.shape[1], 2)
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
     known = whole(video).nonzero()[:, 0]
@@ -139,11 +139,6 @@ def pairs(samples: Samples, *, batch: int) -> Iterator[Pairs]:
         row, time = rows[start : start + batch], times[start : start + batch]
         at = row.to(video.device), time.to(video.device)
         yield Pairs(row, video[at].float(), video[at[0], at[1] + 1].float())
-
-
-def require_frames(video: Tensor, least: int) -> None:
-    if video.shape[1] < least:
-        raise ValueError(f"the clips have {video.shape[1]} frame(s); expected at least {least}")
 
 
 @torch.no_grad()
@@ -163,9 +158,9 @@ def mean_over_pairs(samples: Samples, measure: Callable[[Tensor, Tensor], Tensor
 def warping(*, flow: Flow, tau: float = 0.01, batch: int = 4) -> PictureReward:
     """exp(-E / tau), E the mean over adjacent frames of `warping_errors`; (B,) in [0, 1]. All frames count.
 
-    E compares frames in [0, 1] with the next, warped back by the flow, where the content stays `visible`; frames of which
-    nothing stays are passed over. A frozen clip has 1: pair it with `moving`. `batch` pairs of frames at a time. NaN: a
-    pixel that is not finite, or nothing visible. Source: E as in Lai et al. 2018 (arXiv 1808.00449).
+    E compares frames in [0, 1] with the next, warped back by the flow, where the content stays `visible`; frames of
+    which nothing stays are passed over. A frozen clip has 1: pair it with `moving`. `batch` pairs of frames at a time.
+    NaN: a pixel that is not finite, or nothing visible. Source: E as in Lai et al. 2018 (arXiv 1808.00449).
     """
     if not 0 < tau < float("inf"):
         raise ValueError(f"tau is {tau}; expected more than 0")
@@ -206,12 +201,12 @@ def smoothness(samples: Samples, *, between: Between = blend) -> Tensor:
 
     The second, fourth, ... frame is guessed from the one before and the one after; the last of an even number has none
     after it and counts as a neighbour of none. VBench (arXiv 2311.17982) guesses with the network AMT. This is the
-    fallback, linear blending, which marks moving edges down however smooth their motion is: compare within a group only.
-    `between` takes a network: a function, or in a recipe a table with `build`. Pair it with `moving`. One clip at a time. NaN: a pixel that is
-    not finite.
+    fallback, linear blending, which marks moving edges down however smooth their motion is: compare within a group
+    only. `between` takes a network: a function, or in a recipe a table with `build`. Pair it with `moving`. One clip at
+    a time. NaN: a pixel that is not finite.
     """
     video = videos(samples)
-    require_frames(video, 3)
+    require_frames(video.shape[1], 3)
     scores = torch.full((len(samples),), torch.nan)
     for row in whole(video).nonzero()[:, 0].tolist():
         clip = video[row].float()  # (F, 3, H, W)

@@ -72,6 +72,11 @@ def pictures(image: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels.numpy()) for pixels in to_uint8(image)]
 
 
+def require_frames(total: int, least: int) -> None:
+    if total < least:
+        raise ValueError(f"the clips have {total} frame(s); expected at least {least}")
+
+
 def choose(total: int, frames: Frames) -> list[int]:
     """Indices into `total` frames: all, `frames` of them from the first to the last (one: the first), or those listed.
 

@@ -6,6 +6,7 @@ by one with the source as the policy was given it, so the two have one shape.
 Axes: B samples, b frames at a time, F frames, C channels, H, W height and width, D features, N patches.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, normalize
+from torch.nn.functional import normalize
 from torchvision.models import alexnet
 
 from mmgrpo.types import Prompt, Samples, same_shape
@@ -102,26 +103,29 @@ def ssim_map(one: Tensor, two: Tensor) -> Tensor:
     same_shape(one=one, two=two)
     if min(one.shape[-2:]) < WINDOW:
         raise ValueError(f"frames of {tuple(one.shape[-2:])} px; SSIM expects at least {WINDOW} x {WINDOW}")
-    blur = partial(windowed, weights=gaussian().to(one.device))
-    mean1, mean2 = blur(one), blur(two)
-    square1, square2, product = blur(one * one), blur(two * two), blur(one * two)
+    one, two = one.double(), two.double()  # variances are differences of near numbers
+    mean1, mean2 = windowed(one), windowed(two)
+    square1, square2, product = windowed(one * one), windowed(two * two), windowed(one * two)
     spread1, spread2, joint = square1 - mean1.square(), square2 - mean2.square(), product - mean1 * mean2
     likeness = (2 * mean1 * mean2 + FIRST) / (mean1.square() + mean2.square() + FIRST)
     return (likeness * (2 * joint + SECOND) / (spread1 + spread2 + SECOND)).mean(1)
 
 
-def gaussian() -> Tensor:
-    """(11,) float64, summing to 1."""
-    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    weights = (-offsets.square() / (2 * SPREAD**2)).exp()
-    return weights / weights.sum()
+def gaussian() -> list[float]:
+    """The weights of a window along one axis, summing to 1; 11 of them."""
+    weights = [math.exp(-((at - WINDOW // 2) ** 2) / (2 * SPREAD**2)) for at in range(WINDOW)]
+    return [weight / sum(weights) for weight in weights]
 
 
-def windowed(image: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean over every window; float64, as variances are differences of near numbers; same layout."""
-    planes = image.double().flatten(0, 1)[:, None]  # (b * C, 1, H, W)
-    blurred = conv2d(conv2d(planes, weights[None, None, None, :]), weights[None, None, :, None])
-    return blurred[:, 0].unflatten(0, image.shape[:2])
+def windowed(image: Tensor) -> Tensor:
+    """Weighted mean over every window, one axis after the other; (b, C, H, W) -> (b, C, H - 10, W - 10)."""
+    for axis in (2, 3):
+        length, weights = image.shape[axis] - WINDOW + 1, gaussian()
+        total = image.narrow(axis, 0, length) * weights[0]
+        for at, weight in enumerate(weights[1:], start=1):
+            total.add_(image.narrow(axis, at, length), alpha=weight)
+        image = total
+    return image
 
 
 def masked_ssim(frame: Frame) -> Tensor:
@@ -133,13 +137,13 @@ def masked_ssim(frame: Frame) -> Tensor:
 
 
 def psnr(samples: Samples, *, mask: str = "mask", most: float = 60.0, batch: int = 16) -> Tensor:
-    """PSNR outside the edited region in dB, mean over frames; (B,), at most `most`, what a copy gets. NaN as `compare`."""
+    """PSNR outside the edited region in dB, mean over frames; (B,), at most `most`, as a copy has. NaN as `compare`."""
     if not 0 < most < float("inf"):
         raise ValueError(f"most is {most} dB; expected more than 0, finite")
     return compare(samples, partial(masked_psnr, most=most), mask=mask, batch=batch)
 
 
-def ssim(samples: Samples, *, mask: str = "mask", batch: int = 16) -> Tensor:
+def ssim(samples: Samples, *, mask: str = "mask", batch: int = 4) -> Tensor:
     """SSIM (`ssim_map`) outside the edited region, mean over frames; (B,) in [-1, 1], a copy 1. NaN as `compare`."""
     return compare(samples, masked_ssim, mask=mask, batch=batch)
 
@@ -185,9 +189,9 @@ def row_name(at: int) -> str:
 def lpips(*, checkpoint: str, mask: str = "mask", device: str = "cpu", batch: int = 8) -> PictureReward:
     """-LPIPS with the edited region filled from the source in both, mean over frames; (B,), at most 0, a copy 0.
 
-    `checkpoint` is a safetensors file with AlexNet and the published rows (rewards/README.md tells how to make it). At the
-    frames' own size, at least 31 px a side; the mean is over the whole frame, edited region included, so compare within
-    a group. NaN as `compare`.
+    `checkpoint` is a safetensors file with AlexNet and the published rows (rewards/README.md tells how to make it). At
+    the frames' own size, at least 31 px a side; the mean is over the whole frame, edited region included, so compare
+    within a group. NaN as `compare`.
     """
     network = Lpips(load_file(checkpoint), checkpoint).eval().to(device)
 
@@ -214,7 +218,7 @@ def structure(
     device: str = "cpu",
     batch: int = 32,
 ) -> PictureReward:
-    """-`structure_distance` of DINO's last patch states, clip against source, mean over the chosen frames; (B,), [-4, 0].
+    """-`structure_distance` of DINO's last patch states to the source's, mean over the chosen frames; (B,) in [-4, 0].
 
     Of whole frames: it asks whether the layout is still there, whatever the look. `model`: a folder or hub name, as in
     `rewards.video.subject_consistency`. NaN: a pixel of either that is not finite.

@@ -1,4 +1,4 @@
-"""Rewards for videos from single frames: any image reward frame by frame, and the consistency of image features in time.
+"""Rewards for videos from single frames: any image reward frame by frame, and the consistency of features in time.
 
 Axes: B samples, F frames of a clip, n of them chosen, 3 channels, H, W height and width, D features, N patches.
 """
@@ -24,6 +24,7 @@ from rewards.pictures import (
     choose,
     edits,
     frame_features,
+    require_frames,
     videos,
     whole,
 )
@@ -86,7 +87,7 @@ def embed_clip(model: str, revision: str, dtype: Precision, device: str) -> Embe
 def embed_tokens(model: str, revision: str, dtype: Precision, device: str) -> Embed:
     """The last states of a vision transformer such as DINO or DINOv2, after its own preprocessing; (b, 1 + N, D).
 
-    The class token's state, then those of the N patches, row by row; what a model puts between them (registers) is left out.
+    The class token's state, then those of the N patches, row by row, without what a model puts between (registers).
     """
     pick("dtype", dtype, DTYPES)
     network = AutoModel.from_pretrained(model, revision=revision, dtype=DTYPES[dtype], use_safetensors=True)
@@ -108,7 +109,8 @@ def embed_tokens(model: str, revision: str, dtype: Precision, device: str) -> Em
 
 def adjacent_consistency(features: Tensor) -> Tensor:
     """mean over t >= 2 of cos(e_t, e_{t-1}); (B, F, D) -> (B,) in [-1, 1]."""
-    require_clip(features, 2)
+    require_shape("features", features, None, None, None)
+    require_frames(features.shape[1], 2)
     return cosine_similarity(features[:, 1:], features[:, :-1], dim=-1).mean(1)
 
 
@@ -117,15 +119,8 @@ def subject_consistency_of(features: Tensor) -> Tensor:
 
     Source: subject consistency of VBench (arXiv 2311.17982), which cuts negative cosines off at 0; here they count.
     """
-    require_clip(features, 2)
-    to_first = cosine_similarity(features[:, 1:], features[:, :1], dim=-1).mean(1)
-    return (to_first + adjacent_consistency(features)) / 2
-
-
-def require_clip(features: Tensor, least: int) -> None:
-    require_shape("features", features, None, None, None)
-    if features.shape[1] < least:
-        raise ValueError(f"the clips have {features.shape[1]} frame(s); expected at least {least}")
+    adjacent = adjacent_consistency(features)
+    return (cosine_similarity(features[:, 1:], features[:, :1], dim=-1).mean(1) + adjacent) / 2
 
 
 def clip_consistency(
@@ -155,8 +150,8 @@ def subject_consistency(
 ) -> PictureReward:
     """`subject_consistency_of` DINO's class tokens; (B,) in [-1, 1]. All frames count.
 
-    `model` is a folder or hub name of a vision transformer (VBench: facebook/dino-vitb16). A frozen clip has 1, as above;
-    memory, precision and NaN too.
+    `model` is a folder or hub name of a vision transformer in safetensors (VBench takes DINO's ViT-B/16). A frozen clip
+    has 1, as above; memory, precision and NaN too.
     """
     tokens = embed_tokens(model, revision, dtype, device)
     return lambda samples: subject_consistency_of(

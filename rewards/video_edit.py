@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo.types import Prompt, Reward, Samples, same_shape
-from rewards.pictures import Frames, PictureReward
+from rewards.pictures import Frames
 from rewards.video import framewise
 
 # ---- VIVA
@@ -38,7 +38,7 @@ def instruction_following(to_edited: Tensor, to_source: Tensor) -> Tensor:
 def viva(
     *,
     alignment: Reward,
-    likeness: PictureReward,
+    likeness: Reward,
     preference: Reward,
     edited: str = "edited_caption",
     source: str = "source_caption",
@@ -48,10 +48,11 @@ def viva(
     """w_IF R_IF + w_SP R_SP + w_PS R_PS, reported as three components times their weights; (B,) each.
 
     R_IF is `instruction_following`, C the image reward `alignment` (a CLIP cosine), R_SP the video reward `likeness` to
-    the source, R_PS the image reward `preference` (PickScore); image rewards are means over `frames`, the same for a whole
-    group. `edited` and `source` name the columns with a caption of the video after and before the edit; a prompt may lack
-    the second, not the first: R_IF is then C(V_edit, t_edit). Without R_IF a copy of the source is best: it has R_SP = 1. With the recipe's weight 1 the
-    run's total is the sum. NaN in all three where one of them has no opinion, so that no part of the sum stands for it.
+    the source, R_PS the image reward `preference` (PickScore); image rewards are means over `frames`, the same for a
+    whole group. `edited` and `source` name the columns with a caption of the video after and before the edit; a prompt
+    may lack the second, not the first: R_IF is then C(V_edit, t_edit). Without R_IF a copy of the source is best: it
+    has R_SP = 1. With the recipe's weight 1 the run's total is the sum. NaN in all three where one of them has no
+    opinion, so that no part of the sum stands for it.
     Source: VIVA, arXiv 2512.16906, equations 1 to 7; its weights are not published.
     """
     if any(not 0 <= weight < float("inf") for weight in weights) or not any(weights):
@@ -62,7 +63,7 @@ def viva(
         after = captioned(samples, [caption(prompt, edited) for prompt in samples.prompts])
         terms = Terms(
             instruction_following(single(aligned, after), source_alignment(aligned, samples, source)),
-            likeness(samples).cpu(),
+            single(likeness, samples),
             single(preferred, after),
         )
         missing = torch.stack(terms).isnan().any(0)
@@ -85,11 +86,11 @@ def source_alignment(aligned: Reward, samples: Samples, source: str) -> Tensor:
 
 
 def single(reward: Reward, samples: Samples) -> Tensor:
-    """The scores of a reward of one component; (B,) on the CPU; raises ValueError for one of several."""
+    """The scores of a reward of one component; (B,) float32 on the CPU; raises ValueError for one of several."""
     values = reward(samples)
     if not isinstance(values, Tensor):
-        raise ValueError(f"an image reward of VIVA has the components {sorted(values)}; expected one number a sample")
-    return values
+        raise ValueError(f"a reward of VIVA has the components {sorted(values)}; expected one number a sample")
+    return values.float().cpu()
 
 
 def caption(prompt: Prompt, column: str) -> str:

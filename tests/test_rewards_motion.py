@@ -99,6 +99,13 @@ def test_a_pixel_is_visible_while_the_two_flows_agree():
     assert agreed.tolist() == [True] * 4 + [False] * 2  # the last two leave the frame
 
 
+def test_the_way_back_is_read_where_the_way_forward_leads():
+    """The first pixel goes to the third and comes back; the third stays, but what is there came from elsewhere."""
+    forward, backward = torch.zeros(2, 1, 2, 1, 4)
+    forward[0, 0, 0, 0], backward[0, 0, 0, 2] = 2.0, -2.0
+    assert visible(forward, backward)[0, 0].tolist() == [True, True, False, True]
+
+
 def test_a_leaving_pixel_is_hidden_however_small_the_step():
     like = torch.zeros(1, 3, 1, 3)
     assert visible(uniform(0.5, 0, like), uniform(-0.5, 0, like))[0, 0].tolist() == [True, True, False]
@@ -246,7 +253,7 @@ def test_a_frozen_clip_wins_every_quality_and_is_last_once_it_is_multiplied_by_t
 
 def test_the_guard_multiplies_every_component_and_never_pays_for_standing_still():
     values = torch.tensor([-0.5, 0.8, torch.nan, 0.7])
-    degree = lambda samples: torch.tensor([0.0, 0.5, 1.0, torch.nan])  # noqa: E731
+    degree = lambda samples: torch.tensor([0.5, 0.5, 1.0, torch.nan])  # noqa: E731
     parts = moving(quality=lambda samples: {"a": values, "b": 2 * values}, degree=degree)(clip_samples(clips(count=4)))
     assert isinstance(parts, dict)
     expected = torch.tensor([0.0, 0.4, torch.nan, torch.nan])

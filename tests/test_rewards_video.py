@@ -1,6 +1,8 @@
 """Every video reward through the same properties, on tiny random networks; then frames, and consistency in time."""
 
 import math
+import re
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import CLIPModel, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmgrpo.components import build
+from mmgrpo.components import build, complete
 from mmgrpo.types import Reward, Samples
 from rewards.compose import components
 from rewards.image import jpeg_incompressibility, pick_score
@@ -251,6 +253,17 @@ def test_a_recipes_table_names_the_image_reward_and_the_frames():
     near(build(table | {"frames": [4], "over": "mean"}, "rewards.it")(given()), sizes[1])
 
 
+def test_the_recipe_of_the_readme_for_videos_is_accepted():
+    readme = (Path(__file__).parent.parent / "rewards" / "README.md").read_text()
+    (recipe, *_) = re.findall(r"```toml\n(.*?)```", readme.split("### Video")[1], re.DOTALL)
+    tables = tomllib.loads(recipe)["rewards"]
+    names = [table["name"] for table in tables]
+    assert names == ["text", "subject", "flow", "background", "viva", "edit", "videoalign"]
+    for table in tables:
+        options = {key: value for key, value in table.items() if key not in ("name", "weight")}
+        assert complete(options, table["name"]).keys() >= options.keys()
+
+
 def frame(samples: Samples, at: int) -> Samples:
     assert samples.video is not None
     return Samples(samples.batch, image=samples.video[:, at])
@@ -296,8 +309,9 @@ def test_a_clip_of_one_frame_has_no_consistency():
 @torch.no_grad()
 def by_hand(video: Tensor, model: torch.nn.Module, process: Callable[..., dict[str, Tensor]]) -> Tensor:
     """The class token's last state of every frame, one at a time; (B, F, D)."""
-    states = [[model(pixel_values=process(images=pictures(f[None]), return_tensors="pt")["pixel_values"]) for f in clip] for clip in video]  # fmt: skip
-    return torch.stack([torch.stack([state.last_hidden_state[0, 0] for state in clip]) for clip in states])
+    inputs = [process(images=[picture], return_tensors="pt") for picture in pictures(video.flatten(0, 1))]
+    states = [model(pixel_values=one["pixel_values"]).last_hidden_state[0, 0] for one in inputs]
+    return torch.stack(states).unflatten(0, video.shape[:2])
 
 
 def test_subject_consistency_looks_at_dinos_class_token(builders: dict[str, Build], dino_folder: str):
