@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from mmgrpo.aggregations import seq_mean, token_mean
 from mmgrpo.data import requests
 from mmgrpo.improve import Given, Loss, NonFiniteError, accumulate, slopes
 from mmgrpo.kl import ByKind, estimated_k2
-from mmgrpo.objectives import by_kind, clipped, gspo, guarded, masked, reinforce, seq_mean, token_mean, top_entropy
+from mmgrpo.objectives import clipped, gspo, guarded, reinforce
+from mmgrpo.ratios import masked
 from mmgrpo.selection import extremes, imitated, minibatches
 from mmgrpo.transitions import Gaussian, kl, log_ratio
 from mmgrpo.types import Advantage, Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Trajectory
+from mmgrpo.weighting import by_kind, top_entropy
 
 B, S, D = 6, 4, 5
 

@@ -9,28 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmgrpo.aggregations import Aggregation, constant, denominator, seq_mean, token_mean, weighted_sum
+from mmgrpo.facts import facts
 from mmgrpo.kl import KINDS, flow_grpo_kl, k1, k2, k3
-from mmgrpo.objectives import (
-    Aggregation,
-    Objective,
-    cispo,
-    clip_width,
-    clipped,
-    constant,
-    denominator,
-    facts,
-    gspo,
-    gspo_token,
-    guarded,
-    masked,
-    reinforce,
-    sampler_corrected,
-    seq_mean,
-    token_mean,
-    top_entropy,
-    weighted_sum,
-)
+from mmgrpo.objectives import Objective, cispo, clipped, gspo, gspo_token, guarded, reinforce
+from mmgrpo.ratios import masked
 from mmgrpo.types import Evaluation
+from mmgrpo.weighting import sampler_corrected, top_entropy
 
 F64 = torch.float64
 
