@@ -68,16 +68,28 @@ def separation(scores: Tensor, right: Tensor, wrong: Tensor, group: Tensor, temp
     """
     same_shape(scores=scores, right=right, wrong=wrong, group=group)
     together = group.unsqueeze(1) == group  # (B, B)
-    above = (scores * (together & right)).sum(1) / (together & right).sum(1).clamp(min=1)
-    count = (together & wrong).sum(1)
-    if temperature is None:
-        below = (scores * (together & wrong)).sum(1) / count.clamp(min=1)
-    else:
-        mixed = (together & right).any(1) & (count > 0)  # elsewhere the logarithm would be of 0
-        chosen = (together & wrong) | ~mixed.unsqueeze(1)
-        exponent = torch.where(chosen, (scores / temperature).expand_as(together), -torch.inf)
-        below = temperature * (exponent.logsumexp(1) - count.clamp(min=1).log())
-    return torch.where((together & right).any(1) & (count > 0), above - below, 0)
+    better, worse = together & right, together & wrong
+    below = _mean_among(scores, worse) if temperature is None else soft_maximum(scores, worse, temperature)
+    return torch.where(better.any(1) & worse.any(1), _mean_among(scores, better) - below, 0)
+
+
+def soft_maximum(values: Tensor, among: Tensor, temperature: float) -> Tensor:
+    """temperature * log mean exp(value / temperature) over the columns of each row, 0 of none; (B,), (B, B) bool -> (B,).
+
+    It tends to the mean for a high temperature, to the largest value for a low one.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; expected a positive number, in units of the values")
+    some = among.any(1)
+    chosen = among | ~some.unsqueeze(1)  # the logarithm of an empty sum has no gradient
+    exponent = torch.where(chosen, (values / temperature).expand_as(among), -torch.inf)
+    count = chosen.sum(1).to(values)
+    return torch.where(some, temperature * (exponent.logsumexp(1) - count.log()), 0)
+
+
+def _mean_among(values: Tensor, among: Tensor) -> Tensor:
+    """The mean over the columns of each row, 0 of none; (B,), (B, B) bool -> (B,)."""
+    return torch.where(among, values.expand_as(among), 0).sum(1) / among.sum(1).clamp(min=1)
 
 
 disco = partial(discriminative, score=log_likelihood, temperature=10.0)
@@ -165,14 +177,10 @@ def regressed(evaluation: Evaluation, advantages: Tensor, *, strength: float = 1
 def optimal_value(rewards: Tensor, group: Tensor, temperature: float) -> Tensor:
     """temperature * log mean exp(reward / temperature) over each sample's group, V* of A*-PO's first stage; (B,) -> (B,).
 
-    Of samples of the reference policy. It tends to the mean for a high temperature, to the largest reward for a low one.
+    Of samples of the reference policy.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; expected a positive number, in units of the reward")
     same_shape(rewards=rewards, group=group)
-    together = group.unsqueeze(1) == group
-    exponent = torch.where(together, (rewards / temperature).expand_as(together), -torch.inf)
-    return temperature * (exponent.logsumexp(1) - together.sum(1).log())
+    return soft_maximum(rewards, group.unsqueeze(1) == group, temperature)
 
 
 def _mean(evaluation: Evaluation, values: Tensor) -> Tensor:

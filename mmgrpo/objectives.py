@@ -123,7 +123,7 @@ def sapo(
     if positive <= 0 or negative <= 0:
         raise ValueError(f"positive and negative are {positive} and {negative}; expected positive temperatures")
     same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
-    tau = torch.where(advantages > 0, positive, negative)
+    tau = torch.where(advantages > 0, positive, negative).to(advantages)
     gate = (tau * torch.expm1(level(evaluation).clamp(max=LARGEST))).sigmoid()
     return -4 / tau * gate * advantages
 
@@ -160,7 +160,7 @@ def vespo(
     limited = replace(evaluation, log_ratio=evaluation.log_ratio.detach().clamp(-LARGEST, LARGEST))
     log_ratio = level(limited).clamp(math.log(1e-8), LARGEST)
     good = advantages >= 0
-    power, rate = (torch.where(good, *values) for values in (powers, rates))
+    power, rate = (torch.where(good, *values).to(advantages) for values in (powers, rates))
     weight = (power * log_ratio - rate * torch.expm1(log_ratio)).exp()
     return -weight.detach() * advantages * evaluation.log_ratio
 
