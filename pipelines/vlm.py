@@ -145,6 +145,7 @@ class LanguagePolicy:
         gap = torch.where(there.to(old.device), old - recorded("log_prob"), 0)
         return steps, Evaluation(
             found.log_prob - old,
+            log_prob=found.log_prob,
             to_reference=None if held is None else found.log_prob - held,
             sampler_gap=gap,
             entropy=found.entropy,

@@ -11,22 +11,13 @@ from policy_kinds import KINDS, PolicyKind
 from torch import Tensor
 
 from mmgrpo.advantages import centered, gdpo, leave_one_out, scaled_sum, standardized
+from mmgrpo.aggregations import seq_mean
 from mmgrpo.data import requests
+from mmgrpo.facts import facts
 from mmgrpo.improve import Given, Loss, accumulate, evaluate
-from mmgrpo.objectives import (
-    by_kind,
-    cispo,
-    clipped,
-    facts,
-    gspo,
-    gspo_token,
-    guarded,
-    reinforce,
-    sampler_corrected,
-    seq_mean,
-    top_entropy,
-)  # fmt: skip
+from mmgrpo.objectives import cispo, clipped, gspo, gspo_token, guarded, reinforce
 from mmgrpo.types import Feedback, Policy, Trajectory
+from mmgrpo.weighting import by_kind, sampler_corrected, top_entropy
 
 OBJECTIVES = {
     "clipped": clipped,

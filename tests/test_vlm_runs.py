@@ -157,10 +157,10 @@ OBJECTIVES = {
     "cispo": ["objective.build='mmgrpo.objectives:cispo'", "loss.aggregation='token_mean'"],
     "reinforce": ["objective.build='mmgrpo.objectives:reinforce'"],
     "corrected": [
-        "objective={build='mmgrpo.objectives:sampler_corrected', objective={build='mmgrpo.objectives:clipped'}}"
+        "objective={build='mmgrpo.weighting:sampler_corrected', objective={build='mmgrpo.objectives:clipped'}}"
     ],
     "top entropy": [
-        "objective={build='mmgrpo.objectives:top_entropy', objective={build='mmgrpo.objectives:clipped'}, share=0.5}"
+        "objective={build='mmgrpo.weighting:top_entropy', objective={build='mmgrpo.objectives:clipped'}, share=0.5}"
     ],
     "k2": ["loss.kl='k2'", "loss.kl_weight=0.1", "reference.kind='frozen'"],
     "k3": ["loss.kl='k3'", "loss.kl_weight=0.1", "reference.kind='frozen'"],
