@@ -190,7 +190,8 @@ def whitened(scores: Tensor, lengths: Tensor) -> Tensor:
 def batch_whitened(*, baseline: bool = False) -> Comparison:
     """REINFORCE++ (arXiv 2501.03262): standardized over all decisions of the batch; with `baseline` the group's mean goes first.
 
-    Without it a group of any size teaches, one sample included. The paper's KL in the reward is not part of it.
+    Without it a group of any size teaches, one sample included. Its KL in the reward is
+    loss.kl_in_reward. The form with `baseline` is RECALLED, not read.
     """
 
     def function(feedback: Feedback) -> Advantage:

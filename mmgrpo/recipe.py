@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, with_config
 
 from mmgrpo.components import build, complete, locate, options_of, typed
 from mmgrpo.contradictions import refuse_contradictions
+from mmgrpo.methods import underlaid
 from mmgrpo.toml import RecipeError, Table, join, read, refuse_unknown, write
 from mmgrpo.types import Kind
 
@@ -159,6 +160,7 @@ class Recipe:
     optimizer: Optimizer
     train: Train
     evaluation: Evaluation
+    method: str | None = None  # a name of mmgrpo/methods.toml, whose part lies under the sections above
     entropy: Entropy = Entropy()
 
 
@@ -179,6 +181,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     where = f"{path.name}: "
     sections = [item.name for item in fields(Recipe)]
     refuse_unknown(table, sections, where)
+    table = underlaid(table, where)
     for key in ("policy", "prompts", "optimizer", "train"):
         if key not in table:
             raise RecipeError(f"{where}{key}: missing, and it has no default")
@@ -208,6 +211,7 @@ def _recipe(table: Table, where: str) -> Recipe:
         optimizer=part("optimizer", Optimizer),
         train=part("train", Train),
         evaluation=_with_options(table.get("evaluation", {}), Evaluation, where + "evaluation"),
+        method=part("method", str) if "method" in table else None,
         entropy=part("entropy", Entropy),
     )
 
