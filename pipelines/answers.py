@@ -56,7 +56,9 @@ class Answers:
         self.end: End = end_of(model.generation_config.eos_token_id, tokenizer, sampling.stop, model.device)
         self.never = media_marks(model)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.grammar: Grammar | None = None  # of answers of texts and images, whose places have vocabularies of their own
+        self.grammar: Grammar | None = (
+            None  # of answers of texts and images, whose places have vocabularies of their own
+        )
         self.negative = Prompt(-1, "")  # what guidance leads away from
 
     # -- what is computed with ------------------------------------------------------------------------------------

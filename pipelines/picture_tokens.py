@@ -106,9 +106,7 @@ def emu3(model: Emu3ForConditionalGeneration, processor: Processor, height: int,
     return Pictures(layout, read, draw)
 
 
-def _emu3_pixels(
-    model: Emu3ForConditionalGeneration, processor: Any, codes: Tensor, rows: int, columns: int
-) -> Tensor:
+def _emu3_pixels(model: Emu3ForConditionalGeneration, processor: Any, codes: Tensor, rows: int, columns: int) -> Tensor:
     """(n, R C) ids -> (n, 3, H, W) float32 in [0, 1]."""
     found = model.vocabulary_mapping.bpe2img_mapping_tensor[codes.cpu()].long().view(-1, rows, columns)
     normal = model.model.vqmodel.decode(found.to(model.device)).float().cpu()

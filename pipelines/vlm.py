@@ -31,6 +31,7 @@ from pipelines.sampling import Sampling
 from pipelines.vocabularies import FORCED
 
 Precision = Literal["float32", "bfloat16", "float16"]
+CODEBOOK = "vqmodel"  # the picture encoder of models that read pictures as tokens of their vocabulary
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that adapters go to by default
 
 
@@ -179,9 +180,9 @@ class LanguagePolicy:
 def eyes(model: PreTrainedModel) -> tuple[str, torch.nn.Module] | None:
     """The module that encodes pictures and the last part of its name; None if the model reads text alone."""
     encoder = model.get_encoder(modality="image")
-    if encoder is model or encoder is model.base_model:
-        return None
-    return next((name.rpartition(".")[2], module) for name, module in model.named_modules() if module is encoder)
+    alone = encoder is model or encoder is model.base_model
+    named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    return next((pair for pair in named if (pair[0] == CODEBOOK if alone else pair[1] is encoder)), None)
 
 
 def load(

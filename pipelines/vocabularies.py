@@ -17,7 +17,12 @@ from pipelines.picture_tokens import Layout
 from pipelines.sampling import Sampling
 from pipelines.token_probabilities import Head, Scores
 
-FORCED, TEXT, TEXT_ALONE, CODE = 0, 1, 2, 3  # no choice; text or the begin of an image; text where none may begin; a code
+FORCED, TEXT, TEXT_ALONE, CODE = (
+    0,
+    1,
+    2,
+    3,
+)  # no choice; text or the begin of an image; text where none may begin; a code
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,7 @@ class Grammar:
     def pattern(self) -> Tensor:
         return self.layout.pattern
 
-    def scores(
-        self, head: Head, hidden: Tensor, token: Tensor, kinds: Tensor, support: Tensor | None
-    ) -> Scores:
+    def scores(self, head: Head, hidden: Tensor, token: Tensor, kinds: Tensor, support: Tensor | None) -> Scores:
         """Log-prob and entropy of tokens among those that were to choose from, 0 of forced ones; (N,) each.
 
         hidden (N, D); token, kinds (N,) int64; support as `choosing.Composer` recorded it, N rows.
@@ -102,4 +105,3 @@ def grammar(
         CODE: vocabulary(layout.codes, code),
     }
     return Grammar(layout, known, most, guidance)
-
