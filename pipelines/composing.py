@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from pipelines import token_probabilities
-from pipelines.decoding import Writer, Written, choice
-from pipelines.sampling import End, Sampling
+from pipelines.decoding import Writer, choice
 from pipelines.vocabularies import CODE, FORCED, TEXT, TEXT_ALONE, Grammar
 
 
@@ -17,6 +16,7 @@ class Composer:
 
     def __init__(self, known: Grammar, uniform: Tensor, writer: Writer, explore: bool) -> None:
         self.grammar, self.uniform, self.writer, self.explore = known, uniform, writer, explore
+        self.written, self.end, self.sampling = writer.written, writer.end, writer.sampling
         rows, steps, device = len(uniform), writer.sampling.max_new_tokens, uniform.device
         self.pattern = known.pattern.to(device)
         self.place = torch.zeros(
@@ -30,20 +30,8 @@ class Composer:
             self.written.support = torch.zeros(rows, steps, width, dtype=torch.uint8, device=device)
 
     @property
-    def written(self) -> Written:
-        return self.writer.written
-
-    @property
     def alive(self) -> Tensor:
         return self.writer.alive
-
-    @property
-    def end(self) -> End:
-        return self.writer.end
-
-    @property
-    def sampling(self) -> Sampling:
-        return self.writer.sampling
 
     @property
     def left(self) -> int:

@@ -53,9 +53,13 @@ class Chooses(Protocol):
     """Chooses the next token of every row that is alive, and notes it."""
 
     written: Written
-    alive: Tensor  # (n,) int64 rows that are still written
     end: End
     sampling: Sampling
+
+    @property
+    def alive(self) -> Tensor:
+        """The rows that are still written; (n,) int64."""
+        ...
 
     @property
     def left(self) -> int:
