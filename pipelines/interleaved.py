@@ -6,7 +6,6 @@ been others are not trained. Axes: B answers, S tokens at most, J parts of an an
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,20 +18,11 @@ from pipelines import answer_parts, vlm
 from pipelines.answers import Answers
 from pipelines.composed import spans
 from pipelines.decoding import Written
-from pipelines.lessons import Lessons
+from pipelines.lessons import Lessons, Teaching
 from pipelines.picture_tokens import Pictures, pictures_of
 from pipelines.sampling import Sampling
 from pipelines.vlm import LanguagePolicy, Precision
 from pipelines.vocabularies import grammar
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """How answers of texts and images are taught."""
-
-    folder: Path = Path()  # what paths of images in answers are relative to
-    text: float = 1.0  # weight of a text's token in the loss
-    image: float = 1.0  # of an image's
 
 
 class InterleavedPolicy:
@@ -41,8 +31,8 @@ class InterleavedPolicy:
     whole_samples = True
 
     def __init__(self, words: LanguagePolicy, pictures: Pictures, teaching: Teaching) -> None:
-        self.words, self.pictures, self.teaching = words, pictures, teaching
-        self.lessons = Lessons(words.answers, pictures, teaching.folder, teaching.text, teaching.image)
+        self.words, self.pictures = words, pictures
+        self.lessons = Lessons(words.answers, pictures, teaching)
 
     @property
     def answers(self) -> Answers:
@@ -50,7 +40,7 @@ class InterleavedPolicy:
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """As of a language policy, and the images of answers to learn from are opened; raises ValueError likewise."""
-        answer_parts.check(prompts, self.teaching.folder)
+        answer_parts.check(prompts, self.lessons.teaching.folder)
         self.words.prepare(prompts)
         if self.answers.guided and not self.answers.shared:
             raise ValueError(f"policy.guidance needs a memory that can be shared; {self.words.notes[-1]}")

@@ -242,7 +242,7 @@ def test_a_lesson_is_the_mean_surprise_of_an_answers_tokens(tmp_path):
     prompts = answers_file(tmp_path)
     policy.prepare(prompts)
     batch = batch_of(prompts, 1)
-    layout, tokenizer, model = policy.pictures.layout, policy.answers.reader.tokenizer, policy.answers.model
+    layout, tokenizer = policy.pictures.layout, policy.answers.reader.tokenizer
     found = taught(policy, batch)
     weighted = InterleavedPolicy(policy.words, policy.pictures, Teaching(tmp_path, text=1.0, image=0.25))
     for row, prompt in enumerate(prompts):
@@ -259,7 +259,14 @@ def test_a_lesson_is_the_mean_surprise_of_an_answers_tokens(tmp_path):
         torch.testing.assert_close(found[row], surprise.mean(), rtol=1e-5, atol=1e-5)
         expected = (weight * surprise).sum() / weight.sum()
         torch.testing.assert_close(taught(weighted, batch)[row], expected, rtol=1e-5, atol=1e-5)
-    assert model.model.vqmodel.training is False
+    unasked = InterleavedPolicy(policy.words, policy.pictures, Teaching(tmp_path, unasked=1.0))
+    image = layout.filled(policy.pictures.read(tmp_path / "b.png").unsqueeze(0))[0]
+    token = torch.cat([image, torch.tensor([tokenizer.eos_token_id])])
+    logits = whole_logits(policy, policy.answers.negative, token).index_fill(1, policy.answers.never, -1e30)
+    expected = -logits.log_softmax(1).gather(1, token[:, None]).mean().detach()
+    alone = taught(unasked, batch_of(prompts, 1))
+    torch.testing.assert_close(alone[1], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone[2], found[2], rtol=1e-5, atol=1e-5)
 
 
 def test_codes_of_an_image_are_those_that_the_model_reads_in_a_prompt(tmp_path):

@@ -77,9 +77,3 @@ def test_a_tiny_emu3_is_aligned_by_the_recipe(server: Server, blip_folder: Path,
     assert saved is not None
     plain = Emu3ForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     plain.load_adapter(saved / "model")
-
-
-def test_the_rewards_of_the_recipe_are_those_of_unified_grpo():
-    made = recipe.load(NAME)
-    assert {reward.name: reward.weight for reward in made.rewards} == {"format": 1.0, "text": 1.0, "image": 1.0}
-    assert made.policy["guidance"] == 3.0 and made.train.group_size == 4
