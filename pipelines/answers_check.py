@@ -68,8 +68,8 @@ def random_compositions(known: Grammar, batch: Batch, generator: torch.Generator
 
     def drawn(kind: int, count: int) -> Tensor:
         part = known.vocabularies[kind]
-        allowed = torch.arange(part.first, part.stop)
-        allowed = allowed[~torch.isin(allowed, part.never)]
+        span = torch.arange(part.stop - part.first)
+        allowed = span[~torch.isin(span, part.never.cpu())] + part.first
         return allowed[torch.randint(len(allowed), (len(batch), count), generator=generator)]
 
     image = known.layout.filled(drawn(CODE, known.layout.rows * known.layout.columns))

@@ -31,26 +31,25 @@ class Vocabulary:
 
     first: int
     stop: int  # the id behind the span
-    never: Tensor  # (m,) int64 ids inside the span
+    never: Tensor  # (m,) int64, places of the span that are left out
     sampling: Sampling
 
     def head(self, head: Head) -> Head:
         """The last layer for the span alone; token `first` is number 0 of it."""
         bias = None if head.bias is None else head.bias[self.first : self.stop]
         weight = head.weight[self.first : self.stop]
-        return head._replace(weight=weight, bias=bias, never=(self.never - self.first).to(weight.device))
+        return head._replace(weight=weight, bias=bias, never=self.never)
 
     def of(self, logits: Tensor) -> Tensor:
         """The logits of the span; (n, V) -> (n, stop - first)."""
-        never = (self.never - self.first).to(logits.device)
-        return token_probabilities.without(logits[:, self.first : self.stop], never)
+        return token_probabilities.without(logits[:, self.first : self.stop], self.never)
 
 
 def vocabulary(allowed: Tensor, sampling: Sampling) -> Vocabulary:
     """The smallest span with the given ids, (a,) int64, and what to leave out of it."""
     first, stop = int(allowed.min()), int(allowed.max()) + 1
-    span = torch.arange(first, stop)
-    return Vocabulary(first, stop, span[~torch.isin(span, allowed)], sampling)
+    span = torch.arange(first, stop, device=allowed.device)
+    return Vocabulary(first, stop, (~torch.isin(span, allowed)).nonzero().flatten(), sampling)
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,10 @@ def grammar(
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {*tokenizer.all_special_ids, layout.begin, *layout.after, *layout.codes.tolist()}
     plain = torch.tensor([number for number in range(len(tokenizer)) if number not in special])
-    words = torch.cat([plain, ends.cpu()]).unique()
+    words = torch.cat([plain.to(ends.device), ends]).unique()
     known = {
-        TEXT: vocabulary(torch.cat([words, torch.tensor([layout.begin])]), text),
+        TEXT: vocabulary(torch.cat([words, words.new_tensor([layout.begin])]), text),
         TEXT_ALONE: vocabulary(words, text),
-        CODE: vocabulary(layout.codes, code),
+        CODE: vocabulary(layout.codes.to(ends.device), code),
     }
     return Grammar(layout, known, most, guidance)
