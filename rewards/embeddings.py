@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+from transformers import AutoModel, AutoTokenizer
 
 from mmgrpo.types import Reward, Samples
 from rewards.answers import texts
 from rewards.image import DTYPES, Precision, pick
-from rewards.pictures import pictures
+from rewards.pictures import Embed, pictures
+from rewards.video import embed_clip, embed_tokens
 
 ImageFeatures = Callable[
     [Sequence[Tensor]], Tensor
@@ -58,31 +59,29 @@ def text_similarity(
     return score
 
 
-def image_features(
-    *, model: str, revision: str = "main", dtype: Precision = "float32", device: str = "cpu", batch: int = 32
+def features(
+    *,
+    model: str,
+    kind: Literal["clip", "dino"] = "clip",
+    revision: str = "main",
+    dtype: Precision = "float32",
+    device: str = "cpu",
+    batch: int = 32,
 ) -> ImageFeatures:
-    """Features by CLIP's image tower, projected, or the class token of another image encoder, such as DINOv2.
+    """Features of images: CLIP's projected embedding, or the class token's state of DINO and its like.
 
-    Images become 8 bits and go through the model's own preprocessing.
+    Images become 8 bits and go through the model's own preprocessing, `batch` at a time.
     """
-    pick("dtype", dtype, DTYPES)
-    encoder = AutoModel.from_pretrained(model, revision=revision, dtype=DTYPES[dtype], use_safetensors=True)
-    encoder, process = (
-        encoder.eval().to(device),
-        AutoImageProcessor.from_pretrained(model, revision=revision, backend="pil"),
-    )
+    if kind == "clip":
+        embed: Embed = embed_clip(model, revision, dtype, device)
+    else:
+        tokens = embed_tokens(model, revision, dtype, device)
+        embed = lambda seen: tokens(seen)[:, 0]  # noqa: E731
 
     @torch.no_grad()
-    def features(images: Sequence[Tensor]) -> Tensor:
+    def found(images: Sequence[Tensor]) -> Tensor:
         seen = [picture for image in images for picture in pictures(image.unsqueeze(0))]
-        found = []
-        for start in range(0, len(seen), batch):
-            pixels = process(images=seen[start : start + batch], return_tensors="pt")["pixel_values"]
-            pixels = pixels.to(device, DTYPES[dtype])
-            if isinstance(encoder, CLIPModel):
-                found.append(encoder.get_image_features(pixel_values=pixels).pooler_output.float().cpu())
-            else:
-                found.append(encoder(pixel_values=pixels).last_hidden_state[:, 0].float().cpu())
-        return torch.cat(found)
+        parts = [embed(seen[start : start + batch]).float().cpu() for start in range(0, len(seen), batch)]
+        return torch.cat(parts)
 
-    return features
+    return found

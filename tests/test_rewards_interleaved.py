@@ -12,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from mmgrpo.advantages import process
 from mmgrpo.scoring import score
 from mmgrpo.types import Batch, Prompt, Samples
-from rewards.embeddings import image_features, text_similarity
+from rewards.embeddings import features, text_similarity
 from rewards.image import jpeg_compressibility
 from rewards.interleaved import consistency, hybrid, of_images, of_texts, structure, surroundings
 
@@ -267,7 +267,7 @@ def test_features_of_images_are_the_models_own(kind, tmp_path):
     process = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
     model.save_pretrained(tmp_path), process.save_pretrained(tmp_path)
     images = [torch.rand(3, 16, 16), torch.rand(3, 20, 30)]
-    found = image_features(model=str(tmp_path), batch=1)(images)
+    found = features(model=str(tmp_path), kind=kind, batch=1)(images)
     pixels = process(images=(images[0] * 255).round().to(torch.uint8), return_tensors="pt")["pixel_values"]
     if kind == "clip":
         expected = model.get_image_features(pixel_values=pixels).pooler_output[0]
