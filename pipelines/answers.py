@@ -56,9 +56,7 @@ class Answers:
         self.end: End = end_of(model.generation_config.eos_token_id, tokenizer, sampling.stop, model.device)
         self.never = media_marks(model)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.grammar: Grammar | None = (
-            None  # of answers of texts and images, whose places have vocabularies of their own
-        )
+        self.grammar: Grammar | None = None  # of answers of texts and images: what may stand where
         self.negative = Prompt(-1, "")  # what guidance leads away from
 
     # -- what is computed with ------------------------------------------------------------------------------------
@@ -120,7 +118,8 @@ class Answers:
     def write(self, batch: Batch, explore: bool = True) -> Written:
         """An answer for each row; without exploration the likeliest token each time. Everything on the CPU."""
         encoded = [self.reader.read(prompt) for prompt in batch.prompts]
-        reach = [part.length + self.sampling.max_new_tokens for part in encoded]
+        twice = 2 if self.guided else 1  # a guide remembers what it reads as well
+        reach = [part.length + twice * self.sampling.max_new_tokens for part in encoded]
         together = families(batch.group, [part.kind for part in encoded], [0] * len(batch), reach)
         parts = batches(together, self.options.rollout_tokens)
         found = [self._write_rows(batch.take(rows), [encoded[row] for row in rows], explore) for rows in parts]

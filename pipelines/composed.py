@@ -24,8 +24,8 @@ def spans(token: Sequence[int], layout: Layout, tokenizer: PreTrainedTokenizerBa
     found: list[Span] = []
     start = 0
     for place in [*(place for place, number in enumerate(token) if number == layout.begin), len(token)]:
-        words = tokenizer.decode(token[start:place], skip_special_tokens=True)
-        if words.strip():
+        words = tokenizer.decode(token[start:place], skip_special_tokens=True).strip()
+        if words:
             found.append(Span(start, place - 1, words))
         if place < len(token):
             found.append(Span(place, place + layout.last, None))

@@ -19,9 +19,8 @@ class Composer:
         self.written, self.end, self.sampling = writer.written, writer.end, writer.sampling
         rows, steps, device = len(uniform), writer.sampling.max_new_tokens, uniform.device
         self.pattern = known.pattern.to(device)
-        self.place = torch.zeros(
-            rows, dtype=torch.int64, device=device
-        )  # tokens of the image being written, 0: none is
+        # tokens so far of the image that a row is writing, 0: none
+        self.place = torch.zeros(rows, dtype=torch.int64, device=device)
         self.images = torch.zeros_like(self.place)  # begun so far
         self.written.vocabulary = torch.zeros(rows, steps, dtype=torch.uint8, device=device)
         truncated = [part.stop - part.first for part in known.vocabularies.values() if part.sampling.truncates]

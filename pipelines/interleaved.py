@@ -74,7 +74,7 @@ class InterleavedPolicy:
         ends = torch.full((len(batch), max(map(len, found))), -1)
         for row, listed in enumerate(found):
             ends[row, : len(listed)] = torch.tensor([part.end for part in listed])
-        text = tuple("\n".join(part for part in row if isinstance(part, str)) for row in parts)
+        text = tuple(" ".join(part for part in row if isinstance(part, str)) for row in parts)
         return Samples(
             batch, text=text, length=written.length, finished=written.finished, interleaved=parts, part_end=ends
         )

@@ -17,12 +17,10 @@ from pipelines.picture_tokens import Layout
 from pipelines.sampling import Sampling
 from pipelines.token_probabilities import Head, Scores
 
-FORCED, TEXT, TEXT_ALONE, CODE = (
-    0,
-    1,
-    2,
-    3,
-)  # no choice; text or the begin of an image; text where none may begin; a code
+FORCED = 0  # no choice
+TEXT = 1  # words, an end, the begin of an image
+TEXT_ALONE = 2  # words and an end, where no image may begin
+CODE = 3  # the codes of an image
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Grammar:
     def scores(self, head: Head, hidden: Tensor, token: Tensor, kinds: Tensor, support: Tensor | None) -> Scores:
         """Log-prob and entropy of tokens among those that were to choose from, 0 of forced ones; (N,) each.
 
-        hidden (N, D); token, kinds (N,) int64; support as `choosing.Composer` recorded it, N rows.
+        hidden (N, D); token, kinds (N,) int64; support as `composing.Composer` recorded it, N rows.
         """
         log_prob = torch.zeros(len(token), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropy = torch.zeros_like(log_prob)
@@ -94,8 +92,8 @@ def grammar(
     guidance: float,
 ) -> Grammar:
     """The grammar of a model whose special tokens never stand in a text, but for those that end it, (e,) int64."""
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= {*tokenizer.all_special_ids, layout.begin, *layout.after, *layout.codes.tolist()}
+    special: set[int | None] = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {*tokenizer.all_special_ids, layout.begin, layout.row_end, *layout.after, *layout.codes.tolist()}
     plain = torch.tensor([number for number in range(len(tokenizer)) if number not in special])
     words = torch.cat([plain.to(ends.device), ends]).unique()
     known = {

@@ -147,7 +147,7 @@ def of_texts(*, reward: Reward, missing: float = 0.0, per_part: bool = False) ->
             return summed_up(samples, where, values, missing, per_part)
         joined = {row: [str(answers(samples)[row][part]) for there, part in where if there == row] for row, _ in where}
         values = torch.full((len(samples),), missing)
-        values[list(joined)] = judged(samples, list(joined), tuple("\n".join(texts) for texts in joined.values()))
+        values[list(joined)] = judged(samples, list(joined), tuple(" ".join(texts) for texts in joined.values()))
         return values
 
     def judged(samples: Samples, rows: list[int], texts: tuple[str, ...]) -> Tensor:
