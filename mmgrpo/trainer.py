@@ -4,6 +4,7 @@ A run of the stage "pretrain" has a supervised lesson (mmgrpo/teaching.py) in th
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,8 @@ def iteration(run: Run) -> dict[str, float]:
 def improve(run: Run, trajectory: Trajectory, feedback: Feedback, advantage: Advantage) -> dict[str, float]:
     """Every optimizer update that a rollout is used for; metrics of the first and the last."""
     options = run.recipe.train
+    if advantage.decisions is not None:
+        trajectory = replace(trajectory, mask=trajectory.mask & advantage.decisions)
     values = advantage.values.unsqueeze(1) if advantage.values.dim() == 1 else advantage.values
     values = values.expand(trajectory.mask.shape)
     keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share) & trajectory.mask.any(1)

@@ -187,6 +187,9 @@ class Advantage(NamedTuple):
     keep: Tensor  # (B,) bool: the sample counts in the loss and in its denominators
     metrics: Mapping[str, float] = {}
     imitate: Tensor | None = None  # (B,) bool: what loss.anchor_weight makes likelier, such as correct answers
+    decisions: Tensor | None = (
+        None  # (B, S) bool: of the trained decisions, those that stay in the loss and its denominators
+    )
 
 
 @dataclass(frozen=True)

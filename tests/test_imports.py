@@ -17,11 +17,12 @@ INNER = (
     "baselines",
     "credit",
     "risk",
+    "entropy_clip",
     "shaping",
     "objectives",
     "schedules",
 )
-INNER_MAY = {f"mmgrpo.{name}" for name in ("types", "groups", "seeds", "comparing", "advantages")} | {"torch"}
+INNER_MAY = {f"mmgrpo.{name}" for name in ("types", "groups", "seeds", "comparing", "advantages", "credit")} | {"torch"}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 NAMED = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
