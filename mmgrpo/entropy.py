@@ -64,4 +64,4 @@ def outside(evaluation: Evaluation, evenly: Tensor, band: Band) -> Tensor:
     OpenVLThinkerV2 (arXiv 2604.08539), which has a band for each task and publishes no values; here one for the run.
     """
     entropy = weighted_sum(-required(evaluation, "log_prob"), evenly)
-    return (entropy - band.high).clamp(min=0) + (band.low - entropy).clamp(min=0)
+    return (entropy - band.high).relu() + (band.low - entropy).relu()

@@ -221,7 +221,7 @@ def test_what_untrained_decisions_hold_reaches_neither_the_loss_nor_its_slopes(n
         kind = torch.tensor([[0, 1, 1], [1, 0, 0]])
         several = dict.fromkeys(("kl", "entropy", "to_reference", "drift", "step_std", "dt", "log_prob"), values)
         evaluation = Evaluation(
-            values, **several, kind=kind, group=torch.zeros_like(kind), reward=torch.rand(2, 1).expand(2, 3)
+            values, **several, kind=kind, group=torch.zeros_like(kind), reward=torch.tensor([[1.0], [0.0]]).expand(2, 3)
         )
         found.append(slopes(evaluation, Given(torch.ones(2, 3), seq_mean(mask), evenly=token_mean(mask)), LOSSES[name]))
     assert torch.isfinite(found[0][0])
