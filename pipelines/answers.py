@@ -6,7 +6,7 @@ Axes: B answers, b those of one batch, P prompts, S tokens at most, T those of t
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,16 @@ class Options:
     replay_tokens: int = 8192  # tokens of prompts and answers whose graph is held at once
     gradient_checkpointing: bool = False
     autocast: torch.dtype | None = None
+
+
+class States(NamedTuple):
+    """The tokens of a batch of answers, one after the other, and what they are predicted from."""
+
+    hidden: Tensor  # (N, D)
+    token: Tensor  # (N,) int64
+    there: Tensor  # (b, T) bool: where they stand
+    support: Tensor | None = None  # N rows, as `token_probabilities.packed` gives it
+    vocabulary: Tensor | None = None  # (N,) which of the grammar's vocabularies
 
 
 class Answers:
@@ -158,9 +168,9 @@ class Answers:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V) float32, outside of autocast."""
         with torch.autocast(self.model.device.type, enabled=False):
-            return token_probabilities.logits(self._head_for(self.fine(hidden)), self.fine(hidden))
+            return token_probabilities.logits(self.head_for(self.fine(hidden)), self.fine(hidden))
 
-    def _head_for(self, hidden: Tensor) -> Head:
+    def head_for(self, hidden: Tensor) -> Head:
         head = self.head
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
         return head._replace(weight=head.weight.to(hidden.dtype), bias=bias)
@@ -187,6 +197,13 @@ class Answers:
 
     def read(self, part: Trajectory) -> Scores:
         """Log-prob and entropy of every token of the answers under today's weights; (b, T) each, 0 behind their ends."""
+        states = self.states(part)
+        found = self._scores(*states[:2], states.support, states.vocabulary)
+        empty = torch.zeros(states.there.shape, dtype=found.log_prob.dtype, device=states.there.device)
+        return Scores(*(empty.masked_scatter(states.there, values) for values in found))
+
+    def states(self, part: Trajectory) -> States:
+        """What predicts the tokens of the answers, those behind their ends left out."""
         device, longest = self.model.device, int(part.record["length"].max())
         token = part.record["token"][:, :longest].to(device)
         there = torch.arange(longest, device=device) < part.record["length"].to(device).unsqueeze(1)  # (b, T)
@@ -201,16 +218,13 @@ class Answers:
                 assert self.grammar is not None
                 length = part.record["length"]
                 states = guidance.replayed(self.model, self.grammar, self.unasked(), states, token, length)
-            hidden = self.fine(states[there])  # (N, D)
-        found = self._scores(hidden, token[there], **chosen)
-        empty = torch.zeros(there.shape, dtype=found.log_prob.dtype, device=device)
-        return Scores(*(empty.masked_scatter(there, values) for values in found))
+            return States(self.fine(states[there]), token[there], there, **chosen)
 
     def _scores(
         self, hidden: Tensor, token: Tensor, support: Tensor | None = None, vocabulary: Tensor | None = None
     ) -> Scores:
         """(N, D) and (N,) -> (N,) each."""
-        head = self._head_for(hidden)
+        head = self.head_for(hidden)
         if self.grammar is None:
             return token_probabilities.scores(head, hidden, token, self.sampling.temperature, support)
         assert vocabulary is not None

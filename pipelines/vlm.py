@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
-from pipelines import answers_check, patches, weights
+from pipelines import answers_check, patches, token_facts, weights
 from pipelines.answers import Answers, Options
 from pipelines.conversation import Processor, Reader, Reading
 from pipelines.decoding import Written
@@ -157,6 +157,10 @@ class LanguagePolicy:
             sampler_gap=gap,
             entropy=found.entropy,
         )
+
+    def facts(self, trajectory: Trajectory, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """What `token_facts.told` lists, under today's weights; raises ValueError for another name."""
+        return token_facts.told(self.answers, trajectory, names)
 
     def trainable(self) -> dict[str, Parameter]:
         """The parameters that training changes, by name."""
