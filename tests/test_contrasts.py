@@ -204,6 +204,13 @@ def test_the_hard_loss_is_the_exact_one_of_certain_preferences() -> None:
     )
 
 
+def test_only_gaps_of_rewards_count_for_pairs() -> None:
+    here = pair_of((0.5, -0.5), (0.7, 0.2))
+    shifted, nothing = replace(here, reward=here.reward + 5), torch.zeros(2, 2, dtype=F64)  # type: ignore[operator]
+    for objective in (dno, dno_hard):
+        torch.testing.assert_close(objective(here, nothing), objective(shifted, nothing))
+
+
 # A*-PO
 
 
