@@ -18,7 +18,7 @@ from torch import Tensor
 from mmgrpo.facts import Component, Facts, parts, unbound
 from mmgrpo.objectives import Objective, clipped
 from mmgrpo.ratios import Level, decision, masked, required, sample_mean, sample_sum, trained
-from mmgrpo.types import KINDS, Evaluation
+from mmgrpo.types import KINDS, Evaluation, same_shape
 
 Weight = Callable[[Evaluation, Tensor], Tensor]
 
@@ -104,6 +104,38 @@ def not_left(evaluation: Evaluation, advantages: Tensor, *, limit: float, level:
     return ((advantages >= 0) | (level(evaluation).detach() >= -limit)).to(advantages.dtype)
 
 
+def entropy_clipped(*, objective: Objective = clipped, width: float = 2.5) -> Weighted:
+    """An objective without the few bad decisions whose pull lowers the entropy most (Clip_B, arXiv 2602.03392).
+
+    A decision with A < 0 weighs 0 where its `discriminator` is more than `width` standard deviations below the mean of the
+    update's. PARTIAL: the authors drop decisions once per rollout, from the denominators too; here at each update, from the
+    loss alone. Their other form, Clip_V, needs a mean over the vocabulary that no policy evaluates.
+    """
+    if width < 0:
+        raise ValueError(f"width is {width}; expected standard deviations from 0")
+    return Weighted(objective, partial(not_collapsing, width=width))
+
+
+def not_collapsing(evaluation: Evaluation, advantages: Tensor, *, width: float) -> Tensor:
+    """1 where A >= 0 or the discriminator is not far below its mean over trained decisions, else 0; (B, S)."""
+    there = trained(evaluation)
+    log_prob, entropy = (required(evaluation, name).detach() for name in FACTS[not_collapsing].needs)
+    values = discriminator(log_prob, entropy)
+    count = there.sum().clamp(min=1)
+    away = torch.where(there, values - torch.where(there, values, 0).sum() / count, 0)
+    std = (away.square().sum() / count).sqrt()
+    return ((advantages >= 0) | (away >= -width * std) | (std < 1e-12)).to(advantages.dtype)
+
+
+def discriminator(log_prob: Tensor, entropy: Tensor) -> Tensor:
+    """p * (H + log p) of the chosen token: raising its logit by e changes the entropy by -e times this; any equal shapes.
+
+    arXiv 2602.03392; positive where the token is likelier than exp(-H).
+    """
+    same_shape(log_prob=log_prob, entropy=entropy)
+    return log_prob.exp() * (entropy + log_prob)
+
+
 def selection(objective: Component) -> Weight | None:
     """The choice of decisions by their entropy in an objective, which an entropy bonus is then limited to; None without one."""
     if unbound(objective) is in_top_share:
@@ -163,4 +195,5 @@ FACTS: Mapping[Component, Facts] = {
     ByKind: Facts(("kind",)),
     sampler_weight: Facts(("sampler_gap",)),
     in_top_share: Facts(("entropy",), "batch", every=True),
+    not_collapsing: Facts(("log_prob", "entropy"), "batch", every=True),
 }

@@ -9,7 +9,7 @@ from mmgrpo import contrasts, objectives, off_policy
 from mmgrpo.aggregations import Aggregation, constant, seq_mean, token_mean
 from mmgrpo.objectives import Objective, clipped, reinforce
 from mmgrpo.types import Evaluation
-from mmgrpo.weighting import by_kind, sampler_corrected, top_entropy, without_stale
+from mmgrpo.weighting import by_kind, entropy_clipped, sampler_corrected, top_entropy, without_stale
 
 F64 = torch.float64
 OBJECTIVES: dict[str, Objective] = {
@@ -52,11 +52,16 @@ OBJECTIVES: dict[str, Objective] = {
     "corrected": sampler_corrected(objective=clipped),
     "top entropy": top_entropy(objective=clipped, share=1.0),  # a smaller share is tested on its own
     "without stale": without_stale(objective=clipped),
+    "entropy clipped": entropy_clipped(objective=clipped),
     "by kind": by_kind(),
 }
 BY_REWARD = {"disco", "disco of ratios", "disco, basic", "dno", "dno, hard"}  # the advantages are not read
 PULLED = {*BY_REWARD, "regressed", "opmd, Kimi's", "asymre"}  # where the advantage is 0 too
-COUNTED = {"elastic", "top entropy"}  # a sample of advantage 0 is not pulled on, but counts for the others
+COUNTED = {
+    "elastic",
+    "top entropy",
+    "entropy clipped",
+}  # a sample of advantage 0 is not pulled on, but counts for the others
 NOT_LINEAR = {*PULLED, "elastic", "red weight"}  # in the advantages
 
 AGGREGATIONS: dict[str, Aggregation] = {

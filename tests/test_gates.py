@@ -29,7 +29,7 @@ from mmgrpo.objectives import (
 )
 from mmgrpo.ratios import masked, sample_mean, sample_sum_from_sampler
 from mmgrpo.types import Evaluation
-from mmgrpo.weighting import in_top_share, sampler_corrected, without_stale
+from mmgrpo.weighting import discriminator, entropy_clipped, in_top_share, sampler_corrected, without_stale
 
 F64 = torch.float64
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -263,6 +263,31 @@ def test_the_samplers_deviation_counts_where_it_is_asked_for() -> None:
     bad = -torch.ones(1, 2, dtype=F64)
     assert (without_stale(objective=clipped)(here, bad) != 0).all()
     assert (without_stale(objective=clipped, level=sample_mean_from_sampler)(here, bad) == 0).all()
+
+
+def test_the_discriminator_equals_the_worked_example_and_tells_how_the_entropy_moves() -> None:
+    p = numbers(0.7, 0.2, 0.1)
+    entropy = -(p * p.log()).sum()
+    values = discriminator(p.log(), entropy.expand(3))
+    close(values, 0.311601, -0.161524, -0.150077)
+    close((p * values).sum(), 0.170808)
+    for chosen, change in enumerate((-0.311601, 0.161524, 0.150077)):  # by raising one logit
+        moved = (p.log() + 1e-6 * torch.eye(3, dtype=F64)[chosen]).log_softmax(0)
+        found = (-(moved.exp() * moved).sum() - entropy) / 1e-6
+        assert float(found) == pytest.approx(change, abs=1e-5)
+
+
+@pytest.mark.parametrize(("width", "dropped"), [(1.0, [3]), (2.5, []), (1e9, [])])
+def test_the_clip_of_the_discriminator_equals_the_worked_example(width: float, dropped: list[int]) -> None:
+    here = single(
+        torch.zeros(6, dtype=F64),
+        log_prob=numbers(0.9, 0.6, 0.3, 0.02, 0.5, 0.05).log(),
+        entropy=numbers(0.4, 1.0, 1.5, 1.2, 0.9, 2.5),
+    )
+    close(discriminator(here.log_prob, here.entropy), 0.265176, 0.293505, 0.088808, -0.054240, 0.103426, -0.024787)  # type: ignore[arg-type]
+    signs = numbers(1, 1, -1, -1, -1, 1)[None]
+    losses = entropy_clipped(objective=reinforce, width=width)(replace(here, log_ratio=here.log_ratio + 1), signs)
+    assert (losses == 0).nonzero()[:, 1].tolist() == dropped
 
 
 def test_every_weight_around_an_objective_multiplies_its_slopes_and_leaves_the_denominators() -> None:

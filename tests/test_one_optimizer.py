@@ -33,7 +33,7 @@ from mmgrpo.objectives import (
 )
 from mmgrpo.off_policy import asymre, opmd_kimi, rec_one_side_is, rec_ring, red_weight
 from mmgrpo.types import Feedback, Policy, Trajectory
-from mmgrpo.weighting import by_kind, sampler_corrected, top_entropy, without_stale
+from mmgrpo.weighting import by_kind, entropy_clipped, sampler_corrected, top_entropy, without_stale
 
 EVERYWHERE = {  # with every policy
     "clipped": clipped,
@@ -58,6 +58,7 @@ OBJECTIVES = EVERYWHERE | {
     "dhpo_guided": dhpo_guided,
     "elastic": elastic,
     "without_stale": without_stale(),
+    "entropy_clipped": entropy_clipped(),
     "rec_one_side_is": rec_one_side_is,
     "rec_ring": rec_ring,
     "opmd_kimi": opmd_kimi,

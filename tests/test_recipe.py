@@ -301,7 +301,7 @@ NAMED = {
         "asymre", "red_weight",
     ),
     "contrasts": ("disco", "disco_ratio", "disco_b", "dno", "dno_hard"),
-    "weighting": ("sampler_corrected", "top_entropy", "without_stale", "by_kind"),
+    "weighting": ("sampler_corrected", "top_entropy", "without_stale", "entropy_clipped", "by_kind"),
 }  # fmt: skip
 
 
@@ -328,6 +328,25 @@ def test_a_named_objective_keeps_its_factor_and_takes_further_options(demo: Path
     assert objective.keywords["keep"].keywords["outer_low"] == 0.5
     with pytest.raises(RecipeError, match=r"objective\.lo: unknown key of mmgrpo\.objectives:gspo; did you mean 'low'"):
         load(demo, ["objective={build='mmgrpo.objectives:gspo', lo=0.1}"])
+
+
+OWN = """
+from mmgrpo.facts import Facts
+
+def paired(evaluation, advantages, *, low: float = 0.1):
+    return -advantages * evaluation.log_ratio
+
+FACTS = {paired: Facts(("entropy",), "batch", every=True)}
+"""
+
+
+def test_an_own_file_says_what_its_objective_needs(demo: Path) -> None:
+    own = demo.with_name("own.py")
+    own.write_text(OWN, encoding="utf-8")
+    recipe = load(demo, [f"objective={{build='{own.as_posix()}:paired', low=0.2}}"])
+    assert facts(build(recipe.objective, "objective")) == (("entropy",), "batch", True)
+    needy = {"build": "mmgrpo.weighting:without_stale", "objective": dict(recipe.objective)}
+    assert facts(build(needy, "objective")) == (("entropy",), "batch", True)
 
 
 def test_a_missing_option_is_named(demo: Path) -> None:
