@@ -2,7 +2,7 @@
 
 Every decision of a group has its group's loss and every decision of a sample its sample's, so that `seq_mean` gives the mean over
 groups (weighted by their kept samples) or over samples. They read the total reward and ignore the advantages, except `regressed`.
-Axes: B samples, S decisions, P = B * B ordered pairs of samples.
+Axes: B samples, S decisions.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,7 @@ from mmgrpo.ratios import of_samples, required, sample_mean, sample_sum, trained
 from mmgrpo.types import Evaluation, require_shape, same_shape
 
 Score = Callable[[Evaluation], Tensor]  # of a sample; -> (B,), with gradient
-Pairing = Callable[
-    [Tensor, Tensor], Tensor
-]  # rewards (B,), group (B,) -> (B, B) bool: the row's sample beats the column's
+Pairing = Callable[[Tensor, Tensor], Tensor]  # rewards (B,), group (B,) -> (B, B) bool: row against column
 
 
 # DisCO

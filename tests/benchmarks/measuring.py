@@ -168,8 +168,9 @@ def started(bench: Bench) -> Run:
 def update(run: Run, trajectory: Trajectory) -> None:
     """The trainer's own update from all rows of a trajectory, under random advantages."""
     values, everything = advantages(trajectory), torch.ones(len(trajectory), dtype=torch.bool)
-    part = trainer.weighed(run, trajectory, values, everything, torch.arange(len(trajectory)))
-    trainer.update(run, trajectory, values, part, fresh=True)
+    judged = trainer.Judged(values, everything, None, values)
+    part = trainer.weighed(run, trajectory, judged, torch.arange(len(trajectory)))
+    trainer.update(run, trajectory, part, fresh=True)
 
 
 def advantages(trajectory: Trajectory) -> Tensor:
