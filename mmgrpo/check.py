@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mmgrpo import diagnostics
+from mmgrpo.aggregations import token_mean
 from mmgrpo.comparing import told
 from mmgrpo.data import requests
 from mmgrpo.improve import TOLD, Given, Measured, accumulate
@@ -86,11 +87,10 @@ def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
     """Each term of the loss moves the weights, and the objective has what it needs."""
     advantages = torch.ones(trajectory.mask.shape)
     advantages[1::2] = -1
-    weights = run.aggregate(trajectory.mask)
+    weights, evenly = run.aggregate(trajectory.mask), token_mean(trajectory.mask)
     held = run.reference if run.reference.active else None
-    measured = accumulate(
-        run.policy, trajectory, Given(advantages, weights, reward=advantages.clamp(min=0)), run.loss, held
-    )
+    given = Given(advantages, weights, reward=advantages.clamp(min=0), evenly=evenly)
+    measured = accumulate(run.policy, trajectory, given, run.loss, held)
     found = [value.grad for value in run.policy.trainable().values() if value.grad is not None]
     norm = torch.stack([value.norm() for value in found]).norm() if found else torch.zeros(())
     for value in run.policy.trainable().values():

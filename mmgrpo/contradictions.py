@@ -10,15 +10,22 @@ if TYPE_CHECKING:
     from mmgrpo.recipe import Recipe
 
 
+Problems = dict[str, str | bool]  # key -> what is wrong with it, or nothing
+
+
 def refuse_contradictions(recipe: "Recipe", where: str) -> None:
     """Raise RecipeError naming the first key that contradicts another."""
-    train, loss, reference = recipe.train, recipe.loss, recipe.reference
+    for key, problem in (in_training(recipe) | in_loss(recipe, where) | in_entropy(recipe)).items():
+        if problem:
+            raise RecipeError(f"{where}{key}: {problem}")
+
+
+def in_training(recipe: "Recipe") -> Problems:
+    """What is wrong with rewards and the loop."""
+    train, loss = recipe.train, recipe.loss
     kept = round(train.keep_share * train.group_size)
     aligned = train.stage == "align"
-    entropy = recipe.entropy
-    asks = aligned and "to_reference" in facts(build(recipe.objective, where + "objective")).needs
-    refers = asks or loss.kl_weight > 0 or loss.kl_in_reward > 0
-    problems = {
+    return {
         "rewards": aligned
         and all(reward.weight == 0 for reward in recipe.rewards)
         and ("every weight is 0; expected one to train on" if recipe.rewards else "missing, and it has no default"),
@@ -39,6 +46,15 @@ def refuse_contradictions(recipe: "Recipe", where: str) -> None:
         "train.evaluate_every": train.evaluate_every > 0
         and not recipe.evaluation.source
         and f"{train.evaluate_every} arrived; expected evaluation.source to name the held-out prompts",
+    }
+
+
+def in_loss(recipe: "Recipe", where: str) -> Problems:
+    """What is wrong with the terms of the loss and the reference."""
+    loss, reference = recipe.loss, recipe.reference
+    asks = recipe.train.stage == "align" and "to_reference" in facts(build(recipe.objective, where + "objective")).needs
+    refers = asks or loss.kl_weight > 0 or loss.kl_in_reward > 0
+    return {
         "loss.length": (loss.aggregation == "constant") != (loss.length is not None)
         and f"{loss.length} arrived with aggregation {loss.aggregation!r}; expected one with 'constant' alone",
         "loss.kl_weight": loss.kl_weight > 0
@@ -56,6 +72,15 @@ def refuse_contradictions(recipe: "Recipe", where: str) -> None:
         "reference.kind": not refers
         and reference.kind != "none"
         and f"{reference.kind!r} arrived with loss.kl_weight 0; expected 'none', nothing would use it",
+        "reference.decay": (reference.kind == "ema") != (reference.decay is not None)
+        and f"{reference.decay} arrived with kind {reference.kind!r}; expected a decay with 'ema' and only there",
+    }
+
+
+def in_entropy(recipe: "Recipe") -> Problems:
+    """What is wrong with the bounds of the entropy."""
+    entropy = recipe.entropy
+    return {
         "entropy.most": entropy.most < entropy.least
         and f"{entropy.most} arrived; expected at least entropy.least, {entropy.least}",
         "entropy.band": (
@@ -63,9 +88,4 @@ def refuse_contradictions(recipe: "Recipe", where: str) -> None:
             or (entropy.band is not None and entropy.band[0] > entropy.band[1])
         )
         and f"{entropy.band} arrived with entropy.band_weight {entropy.band_weight}; expected [low, high] and a weight, or neither",
-        "reference.decay": (reference.kind == "ema") != (reference.decay is not None)
-        and f"{reference.decay} arrived with kind {reference.kind!r}; expected a decay with 'ema' and only there",
     }
-    for key, problem in problems.items():
-        if problem:
-            raise RecipeError(f"{where}{key}: {problem}")

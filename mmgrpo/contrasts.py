@@ -2,7 +2,7 @@
 
 Every decision of a group has its group's loss and every decision of a sample its sample's, so that `seq_mean` gives the mean over
 groups (weighted by their kept samples) or over samples. They read the total reward and ignore the advantages, except `regressed`.
-Axes: B samples, S decisions, P = B * B ordered pairs of samples.
+Axes: B samples, S decisions.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,7 @@ from mmgrpo.ratios import of_samples, required, sample_mean, sample_sum, trained
 from mmgrpo.types import Evaluation, require_shape, same_shape
 
 Score = Callable[[Evaluation], Tensor]  # of a sample; -> (B,), with gradient
-Pairing = Callable[
-    [Tensor, Tensor], Tensor
-]  # rewards (B,), group (B,) -> (B, B) bool: the row's sample beats the column's
+Pairing = Callable[[Tensor, Tensor], Tensor]  # rewards (B,), group (B,) -> (B, B) bool: row against column
 
 
 # DisCO
@@ -166,21 +164,12 @@ dno_hard = partial(paired, pairing=preferred, hard=True)
 def regressed(evaluation: Evaluation, advantages: Tensor, *, strength: float = 1e-3) -> Tensor:
     """A*-PO's second stage (arXiv 2505.20686): (strength * log pi / pi_ref of the sample - A)^2; -> (B, S).
 
-    A is meant to be the reward minus `optimal_value` of the prompt. Needs a reference.
+    A is meant to be the reward minus the prompt's V*: `mmgrpo.baselines:against_value`. Needs a reference.
     """
     away = required(evaluation, "to_reference")
     same_shape(log_ratio=evaluation.log_ratio, to_reference=away, advantages=advantages)
     whole = sample_sum(Evaluation(away, mask=evaluation.mask))
     return (strength * whole - advantages).square()
-
-
-def optimal_value(rewards: Tensor, group: Tensor, temperature: float) -> Tensor:
-    """temperature * log mean exp(reward / temperature) over each sample's group, V* of A*-PO's first stage; (B,) -> (B,).
-
-    Of samples of the reference policy.
-    """
-    same_shape(rewards=rewards, group=group)
-    return soft_maximum(rewards, group.unsqueeze(1) == group, temperature)
 
 
 def _mean(evaluation: Evaluation, values: Tensor) -> Tensor:

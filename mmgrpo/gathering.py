@@ -63,7 +63,8 @@ def held_back(run: Run, gathered: Gathered) -> Feedback:
     """The feedback of what is trained on, less loss.kl_in_reward * log pi_old / pi_ref of each sample (the estimate k1).
 
     As RLOO (arXiv 2402.14740) and REINFORCE++ (arXiv 2501.03262) hold to a reference, before the advantage; here as a further
-    component "kl_to_reference", the sum over a sample's trained decisions. Costs a replay without gradient.
+    component "kl_to_reference", the sum over a sample's trained decisions, which an advantage that standardizes every reward
+    treats as one of them. Rewards of parts stay as they are. Costs a replay without gradient.
     """
     feedback, weight = gathered.feedback, run.recipe.loss.kl_in_reward
     if not weight:
@@ -74,6 +75,8 @@ def held_back(run: Run, gathered: Gathered) -> Feedback:
     judged = torch.where(feedback.total().isnan(), torch.nan, whole)
     gathered.metrics["rollout/kl_to_reference"] = float(judged.nanmean())
     name = "kl_to_reference"
+    if name in feedback.rewards:
+        raise ValueError(f"a reward is named {name!r}; expected another name beside loss.kl_in_reward, which adds one")
     return replace(feedback, rewards={**feedback.rewards, name: judged}, weights={**feedback.weights, name: -weight})
 
 

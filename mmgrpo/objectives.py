@@ -128,17 +128,27 @@ def sapo(
     return -4 / tau * gate * advantages
 
 
-def gmpo(evaluation: Evaluation, advantages: Tensor, *, low: float = 0.4, high: float = 0.4) -> Tensor:
+def gmpo(
+    evaluation: Evaluation,
+    advantages: Tensor,
+    *,
+    low: float = 0.4,
+    high: float = 0.4,
+    choose: Callable[[Evaluation, Tensor], Tensor] | None = None,
+) -> Tensor:
     """GMPO (arXiv 2507.20673): -A * the geometric mean of a sample's ratios, each clipped in log space; -> (B, S), `seq_mean`.
 
-    `low` and `high` are nats. A clipped decision counts in the mean and is not pulled on. An entropy mask that is to leave
-    the mean itself, as in the authors' code, belongs into the trajectory's mask.
+    `low` and `high` are nats. A clipped decision counts in the mean and is not pulled on. `choose` gives the decisions that
+    the mean is over, as `weighting.in_top_share` does: here an entropy mask enters the mean and its count.
     """
     same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
     if low <= 0 or high <= 0:
         raise ValueError(f"low and high are {low} and {high}; expected positive clip widths, in nats")
+    among = trained(evaluation)
+    if choose is not None:
+        among = among & (choose(evaluation, advantages) > 0)
     kept = pessimistic(evaluation.log_ratio, advantages, -low, high)
-    return -advantages * sample_mean(replace(evaluation, log_ratio=kept)).exp()
+    return -advantages * sample_mean(replace(evaluation, log_ratio=kept, mask=among)).exp()
 
 
 def vespo(

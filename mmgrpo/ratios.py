@@ -64,6 +64,15 @@ FACTS: Mapping[Callable[..., Tensor], Facts] = {
 }
 
 
+TOKENS = "a policy of tokens, such as pipelines.vlm:load"
+STEPS = "a policy of denoising steps, such as pipelines.diffusion:load"
+KNOWN = {  # who has a field
+    **dict.fromkeys(("entropy", "log_prob", "sampler_gap"), TOKENS),
+    **dict.fromkeys(("drift", "step_std", "dt"), STEPS),
+    "to_reference": "reference.kind to say which",
+}
+
+
 def masked(evaluation: Evaluation, mask: Tensor) -> Evaluation:
     """The evaluation with 0 in the decisions that are not trained, without gradient to them; mask (B, S) bool."""
     same_shape(**{"mask": mask} | evaluation.tensors())
@@ -80,7 +89,8 @@ def required(evaluation: Evaluation, name: str) -> Tensor:
     """A field of the evaluation; raises ValueError if the policy does not compute it."""
     found = evaluation.tensors()
     if name not in found:
-        raise ValueError(f"the objective needs {name!r} of every decision; the policy evaluates {sorted(found)}")
+        told = f"the objective needs {name!r} of every decision; the policy evaluates {sorted(found)}"
+        raise ValueError(f"{told}; expected {KNOWN[name]}" if name in KNOWN else told)
     return found[name]
 
 

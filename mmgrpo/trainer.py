@@ -99,7 +99,8 @@ def iteration(run: Run) -> dict[str, float]:
     """One rollout, or several until enough groups differ inside, and the updates made from it; -> metrics."""
     phases = Stopwatch(run.device)
     rolled = gather(run, phases)
-    feedback = held_back(run, rolled)
+    with phases.measure("score"):
+        feedback = held_back(run, rolled)
     advantage = run.compare(feedback)
     with phases.measure("update"):
         metrics = improve(run, rolled.trajectory, rolled.feedback, advantage)

@@ -56,7 +56,11 @@ OBJECTIVES: dict[str, Objective] = {
 }
 BY_REWARD = {"disco", "disco of ratios", "disco, basic", "dno", "dno, hard"}  # the advantages are not read
 PULLED = {*BY_REWARD, "regressed", "opmd, Kimi's", "asymre"}  # where the advantage is 0 too
-COUNTED = {"elastic", "top entropy"}  # a sample of advantage 0 is not pulled on, but counts for the others
+COUNTED = {
+    "elastic",
+    "top entropy",
+    "entropy clipped",
+}  # a sample of advantage 0 is not pulled on, but counts for the others
 NOT_LINEAR = {*PULLED, "elastic", "red weight"}  # in the advantages
 
 AGGREGATIONS: dict[str, Aggregation] = {

@@ -29,7 +29,7 @@ from mmgrpo.objectives import (
 )
 from mmgrpo.ratios import masked, sample_mean, sample_sum_from_sampler
 from mmgrpo.types import Evaluation
-from mmgrpo.weighting import sampler_corrected, without_stale
+from mmgrpo.weighting import in_top_share, sampler_corrected, without_stale
 
 F64 = torch.float64
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -99,6 +99,12 @@ def test_gmpo_is_gspo_without_a_clip_where_no_decision_leaves_the_band() -> None
     wide = partial(gspo, low=9.0, high=9.0)
     for ours, theirs in zip(total(gmpo, seq_mean, here), total(wide, seq_mean, here), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_choice_by_entropy_enters_the_geometric_mean_and_its_count() -> None:
+    here = shared(entropy=torch.tensor([[0.1, 0.9, 0.5], [2.0, 9.0, 9.0]], dtype=F64))
+    chosen = gmpo(here, ADVANTAGES, choose=partial(in_top_share, share=0.5))  # the second of three, and the only one
+    close(chosen[MASK], -1.0, -1.0, -1.0, 0.670320)
 
 
 def test_luspo_is_gspo_times_the_length_by_its_aggregation() -> None:

@@ -156,7 +156,10 @@ def test_what_an_objective_needs_is_known_before_training() -> None:
     assert facts(both) == (("drift", "step_std", "dt", "entropy", "sampler_gap"), "batch", True)
     assert facts(partial(gspo, low=0.1)).couples == facts(sampler_corrected(objective=gspo_token)).couples == "sample"
     assert facts(sampler_corrected(level="sample")).couples == "sample" and facts(clipped).couples == "decision"
-    with pytest.raises(ValueError, match=r"needs 'drift' of every decision; the policy evaluates \['log_ratio'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"'drift' of every decision; the policy evaluates \['log_ratio'\]; expected a policy of denoising",
+    ):
         guarded(Evaluation(torch.zeros(1, 1)), torch.ones(1, 1))
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mmgrpo.aggregations import Aggregation, constant, seq_mean, token_mean
+from mmgrpo.entropy import Adaptation, Bonus, adapted, applied
 from mmgrpo.improve import Given, Loss, slopes
 from mmgrpo.kl import estimated_k3, unbiased_k3
 from mmgrpo.objectives import cispo, clipped, dapo, gmpo, gspo, luspo, sapo, two_sided, vespo
 from mmgrpo.ratios import sample_mean, sample_sum_from_sampler
 from mmgrpo.types import Evaluation
-from mmgrpo.weighting import sampler_corrected, top_entropy, without_stale
+from mmgrpo.weighting import in_top_share, sampler_corrected, top_entropy, without_stale
 
 pytest.importorskip("trl", reason="compares with TRL, which is not installed")
 
@@ -204,14 +205,42 @@ def test_loss_and_gradient_are_those_of_trl(opponent: Any, name: str, seed: int,
     torch.testing.assert_close(total, theirs.detach(), rtol=1e-6, atol=1e-7)
 
 
+CHOSEN = partial(gmpo, choose=partial(in_top_share, share=0.6))
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_the_geometric_mean_is_that_of_trl(opponent: Any, seed: int, monkeypatch: Any) -> None:
-    known, row = (
-        drawn(seed),
-        Row(Loss(gmpo, estimated_k3, 0.3), seq_mean, {"epsilon_low": 0.4, "epsilon_high": 0.4, "beta": 0.3}),
-    )
-    theirs = trl_loss(opponent, row, known, GMPOTrainer._compute_loss, monkeypatch)
-    theirs.backward()
+@pytest.mark.parametrize(("objective", "quantile"), [(gmpo, 1.0), (CHOSEN, 0.6)], ids=["all", "chosen"])
+def test_the_geometric_mean_is_that_of_trl(opponent: Any, objective, quantile, seed: int, monkeypatch: Any) -> None:
+    theirs = {"epsilon_low": 0.4, "epsilon_high": 0.4, "beta": 0.3, "top_entropy_quantile": quantile}
+    known, row = drawn(seed), Row(Loss(objective, estimated_k3, 0.3), seq_mean, theirs)
+    loss = trl_loss(opponent, row, known, GMPOTrainer._compute_loss, monkeypatch)
+    loss.backward()
     total, by_new, _ = our_slopes(row, known)
     torch.testing.assert_close(by_new, known.new.grad, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(total, theirs.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(total, loss.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_weight_of_the_entropy_follows_it_as_in_trl(opponent: Any, monkeypatch: Any) -> None:
+    how = {
+        "use_adaptive_entropy": True,
+        "_entropy_bonus_enabled": True,
+        "entropy_coef": 0.1,
+        "_last_world_entropy": 9.0,
+    }
+    options = {"entropy_target": 0.8, "entropy_coef_delta": 0.03, "entropy_coef_min": 0.08, "entropy_coef_max": 0.14}
+    for name, value in (how | {"current_gradient_accumulation_steps": 1}).items():
+        monkeypatch.setattr(opponent, name, value, raising=False)
+    for name, value in options.items():
+        monkeypatch.setattr(opponent.args, name, value)
+    monkeypatch.setattr(opponent.model, "training", True)
+    bonus, seen = Bonus(0.1), set()
+    ours = Adaptation(0.8, delta=0.03, least=0.08, most=0.14)
+    for seed in range(8):
+        known = drawn(seed)
+        row = Row(Loss(clipped, entropy_weight=applied(bonus, ours)), seq_mean, {})
+        theirs = trl_loss(opponent, row, known, type(opponent)._compute_loss, monkeypatch)
+        torch.testing.assert_close(our_slopes(row, known)[0], theirs.detach(), rtol=1e-6, atol=1e-7)
+        bonus = adapted(bonus, float(known.entropy.detach()[known.mask].mean()), ours)
+        assert opponent.entropy_coef == pytest.approx(bonus.weight)
+        seen.add(round(bonus.weight, 3))
+    assert len(seen) > 2

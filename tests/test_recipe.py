@@ -330,6 +330,25 @@ def test_a_named_objective_keeps_its_factor_and_takes_further_options(demo: Path
         load(demo, ["objective={build='mmgrpo.objectives:gspo', lo=0.1}"])
 
 
+OWN = """
+from mmgrpo.facts import Facts
+
+def paired(evaluation, advantages, *, low: float = 0.1):
+    return -advantages * evaluation.log_ratio
+
+FACTS = {paired: Facts(("entropy",), "batch", every=True)}
+"""
+
+
+def test_an_own_file_says_what_its_objective_needs(demo: Path) -> None:
+    own = demo.with_name("own.py")
+    own.write_text(OWN, encoding="utf-8")
+    recipe = load(demo, [f"objective={{build='{own.as_posix()}:paired', low=0.2}}"])
+    assert facts(build(recipe.objective, "objective")) == (("entropy",), "batch", True)
+    needy = {"build": "mmgrpo.weighting:without_stale", "objective": dict(recipe.objective)}
+    assert facts(build(needy, "objective")) == (("entropy",), "batch", True)
+
+
 def test_a_missing_option_is_named(demo: Path) -> None:
     for line, key in (("learning_rate = 3e-4", "optimizer.learning_rate"), ('model = "tiny"', "policy.model")):
         demo.with_name("short.toml").write_text(demo.read_text(encoding="utf-8").replace(line, ""), encoding="utf-8")
