@@ -4,6 +4,7 @@ A run of the stage "pretrain" has a supervised lesson (mmgrpo/teaching.py) in th
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,18 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mmgrpo import checkpoint, diagnostics
+from mmgrpo.aggregations import token_mean
 from mmgrpo.check import require_sound
-from mmgrpo.descent import clip_gradient, step
+from mmgrpo.descent import clip_gradient, follow_entropy, step, today
 from mmgrpo.evaluation import look, remember, report
-from mmgrpo.gathering import gather
-from mmgrpo.improve import Measured, NonFiniteError, accumulate
+from mmgrpo.gathering import gather, held_back
+from mmgrpo.improve import Given, Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
 from mmgrpo.journal import Journal, Stopwatch, peak_memory
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
-from mmgrpo.selection import extremes, minibatches
+from mmgrpo.selection import extremes, imitated, minibatches
 from mmgrpo.teaching import lesson
-from mmgrpo.types import Advantage, Trajectory
+from mmgrpo.types import Advantage, Feedback, Trajectory
 
 
 def train(recipe: Recipe, folder: Path) -> Run:
@@ -97,9 +99,11 @@ def iteration(run: Run) -> dict[str, float]:
     """One rollout, or several until enough groups differ inside, and the updates made from it; -> metrics."""
     phases = Stopwatch(run.device)
     rolled = gather(run, phases)
-    advantage = run.compare(rolled.feedback)
+    with phases.measure("score"):
+        feedback = held_back(run, rolled)
+    advantage = run.compare(feedback)
     with phases.measure("update"):
-        metrics = improve(run, rolled.trajectory, advantage)
+        metrics = improve(run, rolled.trajectory, rolled.feedback, advantage)
     run.reference.after_iteration()
     judged = {f"reward/{name}": value for name, value in diagnostics.reward_summary(rolled.judged).items()}
     compared = {f"advantage/{name}": value for name, value in advantage.metrics.items()}
@@ -108,19 +112,26 @@ def iteration(run: Run) -> dict[str, float]:
     return metrics | judged | compared | seconds | rollout | peak_memory(run.device)
 
 
-def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str, float]:
+def improve(run: Run, trajectory: Trajectory, feedback: Feedback, advantage: Advantage) -> dict[str, float]:
     """Every optimizer update that a rollout is used for; metrics of the first and the last."""
     options = run.recipe.train
+    if advantage.decisions is not None:
+        trajectory = replace(trajectory, mask=trajectory.mask & advantage.decisions)
     values = advantage.values.unsqueeze(1) if advantage.values.dim() == 1 else advantage.values
     values = values.expand(trajectory.mask.shape)
     keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share) & trajectory.mask.any(1)
-    parts = [weighed(run, trajectory, values, keep, rows) for rows in minibatches(trajectory.group, options.updates)]
+    imitate = imitated(advantage, run.loss.anchor_weight)
+    reward = feedback.total().unsqueeze(1).expand(trajectory.mask.shape)
+    parts = [
+        weighed(run, trajectory, Judged(values, keep, imitate, reward), rows)
+        for rows in minibatches(trajectory.group, options.updates)
+    ]
     later = parts if options.passes > 1 else parts[1:]  # evaluated again after the weights have changed
     if later:
         trajectory = run.policy.anchor(trajectory, [part.rows for part in later])
     seen: list[dict[str, float]] = []
     for part in parts * options.passes:
-        seen.append(update(run, trajectory, values, part, fresh=not seen))
+        seen.append(update(run, trajectory, part, fresh=not seen))
     return seen[-1] | {f"{name}/first": value for name, value in seen[0].items()}
 
 
@@ -128,31 +139,46 @@ class Part(NamedTuple):
     """The samples of one update that can move the loss."""
 
     rows: Tensor  # (b,) int64 of the trajectory
-    weights: Tensor  # (b, S) of their decisions in the loss; the denominators count every sample that is kept
+    given: Given  # (b, S) of their decisions; the denominators count every sample that is kept
 
 
-def weighed(run: Run, trajectory: Trajectory, advantages: Tensor, keep: Tensor, rows: Tensor) -> Part:
+class Judged(NamedTuple):
+    """What is known of every sample of a rollout before it is shared out among updates."""
+
+    advantages: Tensor  # (B, S)
+    keep: Tensor  # (B,) bool
+    imitate: Tensor | None  # (B,) bool
+    reward: Tensor  # (B, S) the total of its sample
+
+
+def weighed(run: Run, trajectory: Trajectory, judged: Judged, rows: Tensor) -> Part:
     """The rows of one update; those that add nothing to its gradient are left out, but not out of its denominators."""
-    weights = run.aggregate(trajectory.mask[rows], keep=keep[rows])
+    mask, advantages = trajectory.mask[rows], judged.advantages[rows]
+    weights = run.aggregate(mask, keep=judged.keep[rows])
     used = weights.ne(0).any(1)
-    if run.recipe.train.drop_zero_advantage and not run.loss.kl_weight:
-        used &= advantages[rows].ne(0).any(1)
-    return Part(rows[used], weights[used])
+    if run.recipe.train.drop_zero_advantage and not run.loss.every:
+        used &= advantages.ne(0).any(1)
+    copied = None if judged.imitate is None else token_mean(mask, keep=judged.imitate[rows])
+    if copied is not None:
+        used |= copied.ne(0).any(1)
+    evenly = token_mean(mask, keep=judged.keep[rows]) if "entropy" in run.loss.needs or run.loss.band else None
+    given = Given(advantages, weights, copied, judged.reward[rows], evenly)
+    return Part(rows[used], given.each(lambda value: value[used]))
 
 
-def update(run: Run, trajectory: Trajectory, advantages: Tensor, part: Part, fresh: bool) -> dict[str, float]:
+def update(run: Run, trajectory: Trajectory, part: Part, fresh: bool) -> dict[str, float]:
     """One optimizer update from the rows of a part."""
     if len(part.rows) == 0:
         return {"update/samples": 0.0}
     chosen = trajectory.take(part.rows)
     held = run.reference if run.reference.active else None
     try:
-        measured = accumulate(run.policy, chosen, advantages[part.rows], part.weights, run.loss, held, fresh)
+        measured = accumulate(run.policy, chosen, part.given, today(run), held, fresh)
         norm = clip_gradient(run)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; sample ids {chosen.batch.sample.tolist()[:16]}") from error
     step(run)
-    return summary(measured, chosen, norm, run)
+    return summary(measured, chosen, norm, run) | follow_entropy(run, measured, part.given)
 
 
 def summary(measured: Measured, part: Trajectory, norm: float, run: Run) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -118,7 +118,8 @@ class Samples:
         return replace(self, batch=self.batch.take(rows), **taken)
 
 
-KINDS: Mapping[str, int] = {"step": 0, "token": 1}  # of decisions: a denoising step, a token
+Kind = Literal["step", "token"]  # of a decision: a denoising step, a token
+KINDS: Mapping[Kind, int] = {"step": 0, "token": 1}
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,9 @@ class Feedback:
     weights: Mapping[str, float]  # name -> weight in the total; 0 is watched but not trained on
     group: Tensor  # (B,) int64
     step_rewards: Tensor | None = None  # (B, S) the weighted sum at the end of each part of an answer, NaN elsewhere
+    prompts: tuple[Prompt, ...] = ()  # B, whose columns may name bundles, tasks, categories
+    mask: Tensor | None = None  # (B, S) bool: the decision is trained
+    facts: Mapping[str, Tensor] = field(default_factory=dict)  # what an advantage asks for by name, leading with B
 
     def __post_init__(self) -> None:
         if self.rewards.keys() != self.weights.keys():
@@ -183,6 +187,9 @@ class Advantage(NamedTuple):
     keep: Tensor  # (B,) bool: the sample counts in the loss and in its denominators
     metrics: Mapping[str, float] = {}
     imitate: Tensor | None = None  # (B,) bool: what loss.anchor_weight makes likelier, such as correct answers
+    decisions: Tensor | None = (
+        None  # (B, S) bool: of the trained decisions, those that stay in the loss and its denominators
+    )
 
 
 @dataclass(frozen=True)
@@ -199,8 +206,11 @@ class Evaluation:
     drift: Tensor | None = None  # KL of a Gaussian decision from the policy that sampled it
     step_std: Tensor | None = None  # S of a Gaussian decision, no gradient
     dt: Tensor | None = None  # positive length of a denoising step, no gradient
-    mask: Tensor | None = None  # bool: the decision is trained; set for objectives by `objectives.masked`
-    kind: Tensor | None = None  # int64: which kind of decision; set for objectives by `improve.accumulate`
+    log_prob: Tensor | None = None  # log new itself, where the decision is one of countably many, nats
+    mask: Tensor | None = None  # bool: the decision is trained; set for objectives by `ratios.masked`
+    kind: Tensor | None = None  # int64: which kind of decision; this and the next two are set by `improve.accumulate`
+    group: Tensor | None = None  # int64: of the decision's sample
+    reward: Tensor | None = None  # total reward of the decision's sample, no gradient
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""
@@ -279,6 +289,15 @@ class Policy(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the weights in the format of the policy's own library."""
+        ...
+
+
+@runtime_checkable
+class Informative(Protocol):
+    """A policy that knows more of its decisions than an objective asks for."""
+
+    def facts(self, trajectory: Trajectory, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Facts by name, each leading with B, under today's weights, no gradient; raises ValueError for an unknown name."""
         ...
 
 

@@ -7,8 +7,9 @@ are in memory at once.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mmgrpo.improve import Loss, accumulate
-from mmgrpo.objectives import clipped, seq_mean
+from mmgrpo.aggregations import seq_mean
+from mmgrpo.improve import Given, Loss, accumulate
+from mmgrpo.objectives import clipped
 from mmgrpo.types import Trajectory
 
 from .measuring import Bench, advantages, built, group, options, paired, report, throughput
@@ -38,7 +39,7 @@ def replay(bench: Bench, trajectory: Trajectory, steps: int) -> None:
     engine = bench.policy.engine
     engine.options = replace(engine.options, replay_steps=steps)
     engine.pipeline.transformer.zero_grad()
-    accumulate(bench.policy, trajectory, advantages(trajectory), seq_mean(trajectory.mask), Loss(clipped))
+    accumulate(bench.policy, trajectory, Given(advantages(trajectory), seq_mean(trajectory.mask)), Loss(clipped))
 
 
 if __name__ == "__main__":

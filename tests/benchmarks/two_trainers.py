@@ -16,9 +16,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mmgrpo import recipe
 from mmgrpo.advantages import standardized
+from mmgrpo.aggregations import seq_mean
 from mmgrpo.gathering import next_batch
-from mmgrpo.improve import Loss, accumulate
-from mmgrpo.objectives import clipped, seq_mean
+from mmgrpo.improve import Given, Loss, accumulate
+from mmgrpo.objectives import clipped
 from mmgrpo.run import Run
 from mmgrpo.scoring import score
 from mmgrpo.shadow import Reference
@@ -149,7 +150,7 @@ def agreement(built: Built, prompts: list[Prompt], asked: Asked, stale: float, f
 def our_slope(run: Run, trajectory: Trajectory, advantages: Tensor) -> Slope:
     """By the trainer's own accumulation."""
     values = advantages.unsqueeze(1).expand(trajectory.mask.shape)
-    found = accumulate(run.policy, trajectory, values, run.aggregate(trajectory.mask), run.loss)
+    found = accumulate(run.policy, trajectory, Given(values, run.aggregate(trajectory.mask)), run.loss)
     reader = run.policy.answers.reader
     prompt = torch.cat([reader.read(prompt).inputs["input_ids"] for prompt in trajectory.batch.prompts])
     return Slope(prompt, advantages, found.loss, taken_gradient(run.policy.model))
