@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python assets/train_world_demo.py
 
 writes assets/world_demo: `generator` (a diffusers pipeline), `inverse_dynamics`, and three JSONL splits with first frames as
-PNG. The generator is stopped while it still errs: first it learns to draw one dot, then to begin where the first frame says, then
-to go where the words say, the first ones before the later ones. Axes: B clips, n actions, F = n + 1 frames.
+PNG. At the end of the generator's training half of the clips do what other words say: it has learnt to draw and to obey, and does
+the latter in about every second clip. Axes: B clips, n actions, F = n + 1 frames.
 """
 
 import argparse
@@ -30,14 +30,15 @@ from mmgrpo.data import load_prompts, requests
 from mmgrpo.seeds import derive, normal
 from mmgrpo.types import Prompt, Samples
 from pipelines.tiny_image import WordEncoder
-from pipelines.tiny_video import TinyVideoPipeline
+from pipelines.tiny_video import TinyVideoPipeline, led_by, with_places
 from rewards.dot_world import MOVES, SIZE, Walks, drawing, tracker, walks
 from rewards.inverse_dynamics import Component, ceiling, measures
 from rewards.inverse_dynamics_models import FramePairs, pretrained
 
 WORDS, LENGTH = tuple(MOVES), 4  # the actions, and how many a prompt names
 ROWS = {"held_out": 64, "validation": 32, "train": 128}  # prompts; all other sequences are for training alone
-WIDTH, HEADS, LAYERS, PATCH = 96, 3, 3, 4
+WIDTH, HEADS, LAYERS, PATCH, SUMMED = 96, 3, 3, 4, 4  # the last: features of the words so far beside each frame
+WRONG, LEARNT = 0.5, 0.6  # share of clips that do what other words say, from which share of the steps on
 BATCH, RATE, DECAY = 16, 2e-3, 0.99  # clips a step, learning rate at first, EMA
 READ_BATCH, READ_RATE = 64, 2e-3  # of the inverse-dynamics model
 MOVE = Component("move", values=WORDS, rest="stay")
@@ -93,7 +94,7 @@ def untrained(seed: int) -> TinyVideoPipeline:
     """The pipeline before training; its output starts at zero, and its blocks with open gates: closed ones open slowly."""
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
-        patch_size=(1, PATCH, PATCH), num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=7,
+        patch_size=(1, PATCH, PATCH), num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=9 + SUMMED,
         out_channels=3, text_dim=WIDTH, freq_dim=64, ffn_dim=2 * WIDTH, num_layers=LAYERS, rope_max_seq_len=32,
     )  # fmt: skip
     nn.init.zeros_(transformer.proj_out.weight)
@@ -107,15 +108,17 @@ def untrained(seed: int) -> TinyVideoPipeline:
     return pipeline
 
 
-def flow_loss(pipeline: TinyVideoPipeline, known: Tensor, generator: torch.Generator) -> Tensor:
+def flow_loss(pipeline: TinyVideoPipeline, known: Tensor, wrong: float, generator: torch.Generator) -> Tensor:
     """Rectified flow on fresh clips: squared error of the velocity noise - clip at a logit-normal time (mean 1); -> ().
 
-    The words are of `known`, (N, n). Most times are early in the sampling, where it is decided where the dot goes.
+    The words are of `known`, (N, n); a share `wrong` of the clips does what others say. Most times are early in the sampling, where it is decided where the dot goes.
     """
-    words = known[torch.randint(len(known), (BATCH,), generator=generator)]
-    clips = walks(words, generator).clips().transpose(1, 2) * 2 - 1  # (B, 3, F, H, W)
-    place = torch.linspace(0, 1, LENGTH + 1).view(1, 1, -1, 1, 1).expand_as(clips[:, :1])
-    condition = torch.cat([clips[:, :, :1].expand_as(clips), place], 1)
+    words, others = (known[torch.randint(len(known), (BATCH,), generator=generator)] for _ in range(2))
+    disobeyed = torch.rand(BATCH, 1, generator=generator) < wrong
+    clips = walks(torch.where(disobeyed, others, words), generator).clips().transpose(1, 2) * 2 - 1  # (B, 3, F, H, W)
+    sums = led_by(pipeline.text_encoder.words(1 + words)[:, :, :SUMMED], LENGTH + 1)[..., None, None]
+    places = with_places(clips[:, :, :1].expand_as(clips), 3)
+    condition = torch.cat([places, sums.expand(-1, -1, -1, SIZE, SIZE)], 1)
     t = torch.sigmoid(torch.randn(BATCH, generator=generator) + 1.0)
     noise = torch.randn(clips.shape, generator=generator)
     noisy = torch.lerp(clips, noise, t.view(-1, 1, 1, 1, 1))
@@ -132,7 +135,7 @@ def train(pipeline: TinyVideoPipeline, steps: int, seed: int, report: Callable[[
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
     known, generator = pool(), torch.Generator().manual_seed(derive(seed, "generator"))
     for step in range(1, steps + 1):
-        flow_loss(pipeline, known, generator).backward()
+        flow_loss(pipeline, known, WRONG * (step > LEARNT * steps), generator).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
@@ -198,11 +201,11 @@ def measured(pipeline: TinyVideoPipeline, folder: Path, part: str, steps: int, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of the generator")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the generator")
     parser.add_argument("--read-steps", type=int, default=400, help="optimizer steps of the inverse-dynamics model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--report-every", type=int, default=300, help="steps")
+    parser.add_argument("--report-every", type=int, default=200, help="steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
     write_splits(options.folder)

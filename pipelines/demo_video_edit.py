@@ -17,6 +17,7 @@ from mmgrpo.scoring import score
 from mmgrpo.types import Samples
 from pipelines import assets, demos, movies, pictures
 from pipelines.demos import points
+from pipelines.film_strips import film_strips
 
 SHOWN = 8  # held-out prompts that are drawn and written as clips, whatever their scores
 RATE, LOOPS, SCALE = 4, 4, 8  # frames a second of the clips, times that they are played, px of a pixel
@@ -70,7 +71,7 @@ def draw(training: Run, folder: Path, before: Samples, after: Samples) -> None:
     for name, samples in (("before", before), ("after", after)):
         found = score(training.rewards, training.weights, samples).rewards
         lines[name] = [", ".join(f"{part} {found[part][row]:.2f}" for part in SAID) for row in range(len(samples))]
-    pictures.film_strips(clips, lines).save(folder / "film_strip.png")
+    film_strips(clips, lines).save(folder / "film_strip.png")
 
 
 def draw_curve(folder: Path, changes: Sequence[Moved]) -> None:

@@ -1,7 +1,9 @@
 """A tiny video flow pipeline, written like any diffusers pipeline: it edits a clip, or continues a first frame, as words say.
 
 It works in pixels (no VAE): latents are clips in [-1, 1], (B, 3, F, H, W). The transformer reads the prompt's words
-through a table, and beside the noisy clip, on channels, the clip that it is given and the place of each frame, 0 first, 1 last.
+through a table, and beside the noisy clip, on channels, the clip that it is given and the place of each frame, 0 first, 1 last,
+with 9 input channels also that of row and column: a Wan transformer knows places relative to each other alone. With more, the words
+are actions: each leads from a frame to the next, and the sum of those so far stands on the further channels.
 Axes: B clips, F frames, L words of a prompt, D features.
 """
 
@@ -21,10 +23,21 @@ from pipelines.tiny_image import WordEncoder
 Frames = list[Image.Image]
 
 
-def with_places(clip: Tensor) -> Tensor:
-    """A clip and, as a fourth channel, the place of each frame in [0, 1]; (B, 3, F, H, W) -> (B, 4, F, H, W)."""
-    place = torch.linspace(0, 1, clip.shape[2], device=clip.device).view(1, 1, -1, 1, 1)
-    return torch.cat([clip, place.expand_as(clip[:, :1])], 1)
+def with_places(clip: Tensor, axes: int = 1) -> Tensor:
+    """A clip and, as further channels, the place in [0, 1] of each frame and, of 3 axes, row and column; -> (B, 3 + axes, F, H, W)."""
+    sizes = clip.shape[2:][:axes]
+    ramps = [torch.linspace(0, 1, size, device=clip.device) for size in sizes]
+    shapes = [[1, 1, *(size if at == axis else 1 for at in range(3))] for axis, size in enumerate(sizes)]
+    places = [ramp.view(shape).expand_as(clip[:, :1]) for ramp, shape in zip(ramps, shapes, strict=True)]
+    return torch.cat([clip, *places], 1)
+
+
+def led_by(words: Tensor, frames: int) -> Tensor:
+    """The sum of the features (B, L, K) of the words that lead to each frame, one word from a frame to the next; -> (B, K, F)."""
+    sums = torch.cat([torch.zeros_like(words[:, :1]), words.cumsum(1)], 1)
+    if sums.shape[1] != frames:
+        raise ValueError(f"{words.shape[1]} words for {frames} frames; expected one from each frame to the next")
+    return sums.transpose(1, 2)
 
 
 class TinyVideoPipeline(DiffusionPipeline):
@@ -49,14 +62,24 @@ class TinyVideoPipeline(DiffusionPipeline):
     def prepare_condition(
         self, video: Frames | list[Frames] | None, image: Image.Image | Frames | None, num_frames: int
     ) -> Tensor:
-        """The given clip, or a first frame held for `num_frames`, and the place of each frame; (B, 4, F, H, W), clips in [-1, 1]."""
+        """The given clip, or a first frame held for `num_frames`, and the place of each frame; (B, 3 + axes, F, H, W), clips in [-1, 1]."""
         if (video is None) == (image is None):
             raise ValueError("expected either `video`, a clip to edit, or `image`, a first frame; got both or neither")
         if video is not None:
             clip = self.video_processor.preprocess_video(video)
         else:
             clip = self.video_processor.preprocess(image).unsqueeze(2).repeat(1, 1, num_frames, 1, 1)
-        return with_places(clip.to(self._execution_device, torch.float32))
+        axes = min(self.transformer.config.in_channels - 6, 3)
+        return with_places(clip.to(self._execution_device, torch.float32), axes)
+
+    def with_words(self, clip: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The condition and, where the transformer has channels left, the words that lead to each frame, the same everywhere."""
+        count = self.transformer.config.in_channels - 3 - clip.shape[1]
+        if count == 0:
+            return clip
+        words = self.text_encoder.words(self.text_encoder.tokenize(prompts).to(self.text_encoder.device))
+        planes = led_by(words[:, :, :count], clip.shape[2])[..., None, None]
+        return torch.cat([clip, planes.expand(-1, -1, -1, *clip.shape[3:])], 1)
 
     def prepare_latents(
         self, like: Tensor, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
@@ -87,13 +110,12 @@ class TinyVideoPipeline(DiffusionPipeline):
         `num_frames` counts for an image alone. `output_type` is "pil", "np" (B, F, H, W, 3), "pt" (B, F, 3, H, W), all in
         [0, 1], or "latent" in about [-1, 1].
         """
-        condition = self.prepare_condition(video, image, num_frames).repeat_interleave(num_videos_per_prompt, 0)
+        clip = self.prepare_condition(video, image, num_frames)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(clip):
+            raise ValueError(f"{len(prompts)} prompts for {len(clip)} clips; expected as many")
+        condition = self.with_words(clip, prompts).repeat_interleave(num_videos_per_prompt, 0)
         features = self.encode_prompt(prompts).repeat_interleave(num_videos_per_prompt, 0)
-        if len(features) != len(condition):
-            raise ValueError(
-                f"{len(prompts)} prompts for {len(condition) // num_videos_per_prompt} clips; expected as many"
-            )
         latents = self.prepare_latents(condition[:, :3], generator, latents)
 
         sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()  # then 0, where the clip is

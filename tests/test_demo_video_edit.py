@@ -14,7 +14,8 @@ from mmgrpo.data import load_prompts
 from mmgrpo.seeds import normal
 from mmgrpo.types import Batch, Samples
 from pipelines import assets, demo_video_edit
-from pipelines.pictures import GAP, PAPER, TITLE, film_strips
+from pipelines.film_strips import film_strips
+from pipelines.pictures import GAP, PAPER, TITLE
 from pipelines.source_videos import Cut, given, read
 from pipelines.tiny_video import TinyVideoPipeline
 from rewards.moving_shapes import COLOURS, background_error, edit_reward, motion_iou, recoloured

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmgrpo.seeds import normal
 from pipelines.tiny_image import WordEncoder
-from pipelines.tiny_video import TinyVideoPipeline, with_places
+from pipelines.tiny_video import TinyVideoPipeline, led_by, with_places
 
 PROMPTS = ["make it red", "make it blue", "make it red"]
 
@@ -129,3 +129,18 @@ def test_what_does_not_fit_together_is_refused_by_name(pipeline):
         pipeline(PROMPTS, CLIPS[:2])
     with pytest.raises(ValueError, match=r"latents have shape \(2, 3, 4, 16, 16\); expected \(1, 3, 4, 16, 16\)"):
         pipeline(PROMPTS[0], CLIPS[0], latents=noise(2))
+
+
+def test_three_axes_tell_frame_row_and_column():
+    condition = with_places(torch.zeros(1, 3, 5, 8, 4), 3)
+    assert condition.shape == (1, 6, 5, 8, 4)
+    torch.testing.assert_close(condition[0, 3, :, 0, 0], torch.linspace(0, 1, 5))
+    torch.testing.assert_close(condition[0, 4, 0, :, 0], torch.linspace(0, 1, 8))
+    torch.testing.assert_close(condition[0, 5, 0, 0], torch.linspace(0, 1, 4))
+
+
+def test_the_words_that_lead_to_a_frame_are_added_up():
+    words = torch.tensor([[[1.0, 0], [0, 2], [1, 1]]])  # (1, 3, 2)
+    assert led_by(words, 4)[0].T.tolist() == [[0, 0], [1, 0], [1, 2], [2, 3]]
+    with pytest.raises(ValueError, match="3 words for 3 frames; expected one from each frame to the next"):
+        led_by(words, 3)
