@@ -1,0 +1,326 @@
+"""A model that writes text and denoises images in one answer, as a policy: each token and each denoising step is one decision.
+
+`pipelines/hybrid_model.py` holds the model, `hybrid_layout.py` where an answer's tokens lie, `hybrid_writing.py` and
+`hybrid_reading.py` the two ways through it; this file holds what an optimizer asks. Of UnifiedGRPO (arXiv 2603.09538), whose images are
+discrete tokens, it keeps the trajectory, the rewards of parts and the warm-up; an image is one part, of Gaussian decisions.
+Axes: B samples, b those of one call, J images at most, J + 1 texts of T tokens, K denoising steps, S = J (T + K + 1) + T decisions: of
+each text its tokens, of each image its steps and the mark behind it, which the decoder writes and nothing trains.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedTokenizerBase
+
+from mmgrpo.schedules import Plan
+from mmgrpo.transitions import flow_sde
+from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Lesson, Prompt, Reference, Samples, Trajectory
+from pipelines import hybrid_check, hybrid_lessons, hybrid_model
+from pipelines.answers import shared_prompts
+from pipelines.decisions import Sampler
+from pipelines.hybrid_evaluation import Found, Pair, evaluated, found_of
+from pipelines.hybrid_layout import Room, Shape
+from pipelines.hybrid_model import HybridModel
+from pipelines.hybrid_reading import Answers, Prompts, collate
+from pipelines.hybrid_steps import Steps
+from pipelines.hybrid_writing import Marks, Written, write
+from pipelines.speech import choose_trained
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How answers are made and read."""
+
+    temperature: float = 1.0  # logits are divided by it
+    rollout_rows: int = 64  # answers written at once
+    replay_rows: int = 16  # answers whose graphs are held at once
+    replay_steps: int | None = None  # denoising steps of each answer whose graphs are held at once; None: all
+    chat: bool = False  # prompts go through the tokenizer's chat template
+    text_weight: float = 1.0  # of a lesson's loss of tokens
+    image_weight: float = 5.0  # of a lesson's loss of velocities; Transfusion's lambda (arXiv 2408.11039, section 4.1)
+    noises: int = 1  # noisy versions of each image in a lesson
+    media: Path = Path()  # where the images lie that a lesson names
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rollout_rows", "replay_rows", "noises"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"policy.{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"policy.temperature is {self.temperature}; expected a positive number")
+
+
+class Piece(NamedTuple):
+    """What one call of a replay evaluates."""
+
+    rows: Tensor  # (b,) int64 of the trajectory
+    pairs: tuple[Pair, ...]  # denoising steps
+    tokens: bool  # the tokens too
+
+
+class HybridPolicy:
+    """A model that writes and draws, as a policy."""
+
+    def __init__(
+        self,
+        model: HybridModel,
+        tokenizer: PreTrainedTokenizerBase,
+        marks: Mapping[str, str],
+        room: Room,
+        steps: Steps,
+        plan: Plan,
+        options: Options,
+        *,
+        train: Sequence[str] = (),
+    ) -> None:
+        self.model, self.tokenizer, self.names = model, tokenizer, dict(marks)
+        self.room, self.steps, self.plan, self.options = room, steps, plan, options
+        self.marks = marks_of(tokenizer, marks)
+        self.whole_samples = options.replay_steps is None
+        self.notes = [choose_trained(model, train)]
+        if model.vae is not None:
+            model.vae.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.places.device
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The context in which the model runs."""
+        wanted = self.options.autocast
+        return nullcontext() if wanted is None else torch.autocast(self.device.type, dtype=wanted)
+
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Read every prompt and every answer that a lesson would teach; raises ValueError naming what cannot be used."""
+        lengths = [len(self.encoded(prompt)) for prompt in prompts]
+        taught = hybrid_lessons.check(self, prompts)
+        self.notes.append(f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {taught} with answers")
+
+    def encoded(self, prompt: Prompt) -> list[int]:
+        """A prompt as tokens."""
+        if not self.options.chat:
+            return list(self.tokenizer(prompt.text).input_ids)
+        messages = [dict(one) for one in prompt.messages] or [{"role": "user", "content": prompt.text}]
+        found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(found["input_ids"])
+
+    def prompts(self, batch: Batch) -> Prompts:
+        """The prompts of a call, each group's once."""
+        firsts, rows = shared_prompts(batch.group)
+        return collate([self.encoded(batch.prompts[row]) for row in firsts], rows, self.device)
+
+    # -- rollout ------------------------------------------------------------------------------------------------
+
+    def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
+        """One answer per row; each depends on the run's seed, its sample id and its prompt alone, up to rounding."""
+        return self.walked(batch, self.plan(self.room.steps, batch.iteration, batch.seed))
+
+    def walked(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
+        """One answer per row and its decisions; the planned steps of every image, (K,) bool, are stochastic and trained."""
+        written = self._written(batch, planned)
+        shape, answers = written.answers.shape, written.answers
+        mask = torch.zeros(len(batch), self.room.decisions, dtype=torch.bool)
+        kind = torch.full(mask.shape, KINDS["token"])
+        mask[:, self.room.tokens_decided()] = torch.arange(self.room.text) < shape.length.unsqueeze(2)
+        mask[:, self.room.steps_decided()] = shape.drawn.unsqueeze(2) & planned
+        kind[:, self.room.steps_decided()] = KINDS["step"]
+        record = {"token": answers.token, "length": shape.length, "drawn": shape.drawn, "log_prob": written.log_prob}
+        record |= {"state": written.state, "velocity": written.velocity}
+        return Trajectory(batch, mask, kind, record), self.samples(batch, written)
+
+    def generate(self, batch: Batch) -> Samples:
+        """One answer per row: the likeliest tokens, and images without the sampler's noise."""
+        return self.samples(batch, self._written(batch, None))
+
+    def _written(self, batch: Batch, planned: Tensor | None) -> Written:
+        parts = []
+        for rows in torch.arange(len(batch)).split(self.options.rollout_rows):
+            part = batch.take(rows)
+            with self.precision():
+                parts.append(write(self.model, self.room, self.prompts(part), self.steps, self.marks, part, planned,
+                                   self.options.temperature).cpu())  # fmt: skip
+        return Written.joined(parts)
+
+    def samples(self, batch: Batch, written: Written) -> Samples:
+        """The answers as rewards see them: texts that are not empty, and images."""
+        with torch.no_grad():
+            images = self.model.decode(written.answers.clean.flatten(0, 1).to(self.device)).cpu()
+        images = images.unflatten(0, written.answers.clean.shape[:2])
+        parts, ends = [], []
+        for row, (token, length, drawn) in enumerate(
+            zip(written.answers.token, written.answers.shape.length, written.answers.shape.drawn, strict=True)
+        ):
+            found = self._parts(token, length, drawn, images[row])
+            parts.append(tuple(part for part, _ in found))
+            ends.append([end for _, end in found])
+        most = max(1, *(len(row) for row in ends))
+        end = torch.tensor([[*row, *[-1] * (most - len(row))] for row in ends])
+        return Samples(batch, interleaved=tuple(parts), part_end=end, finished=written.finished)
+
+    def _parts(self, token: Tensor, length: Tensor, drawn: Tensor, images: Tensor) -> list[tuple[str | Tensor, int]]:
+        """The parts of one answer, each with the column of its last decision."""
+        found: list[tuple[str | Tensor, int]] = []
+        columns, steps = self.room.tokens_decided(), self.room.steps_decided()
+        for number, count in enumerate(length.tolist()):
+            text = self.tokenizer.decode(token[number, :count].tolist(), skip_special_tokens=True).strip()
+            if text:
+                found.append((text, int(columns[number, count - 1])))
+            if number < self.room.images and drawn[number]:
+                found.append((images[number], int(steps[number, -1])))
+        return found
+
+    # -- replay -------------------------------------------------------------------------------------------------
+
+    def pieces(self, trajectory: Trajectory) -> Iterator[Piece]:
+        """The calls of a replay: a few answers, with all their trained steps or a few of them at a time."""
+        steps = self.room.steps_decided()
+        for rows in torch.arange(len(trajectory)).split(self.options.replay_rows):
+            planned = trajectory.mask[rows][:, steps].any(0)  # (J, K)
+            pairs = [Pair(*pair) for pair in planned.nonzero().tolist()]
+            most = self.options.replay_steps or max(1, len(pairs))
+            for start in range(0, max(1, len(pairs)), most):
+                yield Piece(rows, tuple(pairs[start : start + most]), start == 0)
+
+    def found(self, trajectory: Trajectory, piece: Piece) -> Found:
+        """What the model thinks of a piece's decisions under today's weights."""
+        part = trajectory.take(piece.rows)
+        record = part.record
+        shape = Shape(record["length"], record["drawn"])
+        answers = Answers(record["token"], shape, record["state"][:, :, -1]).to(self.device)
+        with self.precision():
+            return found_of(
+                self.model, self.room, self.prompts(part.batch), answers, record["state"], piece.pairs, piece.tokens,
+                self.steps, self.marks, self.options.temperature,
+            )  # fmt: skip
+
+    def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
+        """The trajectory with log-probs and velocities under today's weights, in the calls of the coming replays."""
+        record = dict(trajectory.record)
+        for name in ("log_prob", "velocity"):
+            record.setdefault(f"anchor.{name}", torch.full_like(record[name], torch.nan))
+        for part in parts:
+            taken = trajectory.take(part)
+            for piece in self.pieces(taken):
+                with torch.enable_grad():  # the kernels of a replay, which may differ from those without a gradient
+                    found = self.found(taken, piece)
+                found.keep(record, part[piece.rows])
+        return replace(trajectory, record=record)
+
+    def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
+        """Evaluate a few answers at a time, with gradient; `consume` may run backward.
+
+        Without an anchor today's weights are those that sampled: a log-ratio compares each decision with its own value.
+        """
+        for piece in self.pieces(trajectory):
+            held = None
+            if reference is not None:
+                with torch.no_grad(), reference.applied():
+                    held = self.found(trajectory, piece)
+            columns, evaluation = self._evaluated(trajectory, piece, held)
+            if len(columns):
+                consume(Chunk(piece.rows, columns, evaluation))
+
+    def _evaluated(self, trajectory: Trajectory, piece: Piece, held: Found | None) -> tuple[Tensor, Evaluation]:
+        found = self.found(trajectory, piece)
+        return evaluated(found, held, trajectory.take(piece.rows).record, self.room, self.steps)
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def teach(self, batch: Batch, consume: Lesson) -> None:
+        """The loss of each row's answer, tokens and velocities, a few at a time; times and noise follow from the sample ids."""
+        for rows in torch.arange(len(batch)).split(self.options.replay_rows):
+            consume(rows, hybrid_lessons.loss(self, batch.take(rows)))
+
+    def trainable(self) -> dict[str, Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """Raises ValueError: the policy has no adapters."""
+        raise ValueError("reference.kind is 'adapters_off', but a hybrid policy has no adapters; expected 'frozen'")
+
+    def self_test(self, prompts: Sequence[Prompt]) -> list[Finding]:
+        """What must hold before training, on a few of the run's prompts."""
+        return [*(Finding(True, "model", note) for note in self.notes), *hybrid_check.findings(self, prompts)]
+
+    def save(self, folder: Path) -> None:
+        """The model's folder, as `pipelines.hybrid_model.load` reads it."""
+        hybrid_model.save(folder, self.model, self.names, self.tokenizer)
+
+
+def marks_of(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, str]) -> Marks:
+    """The marks' token ids; raises ValueError if one is not a single token."""
+    ids = {}
+    for key in ("start", "end", "stop"):
+        found = tokenizer.convert_tokens_to_ids(names[key]) if key in names else None
+        if found is None or found == tokenizer.unk_token_id:
+            raise ValueError(f"marks.{key} is {names.get(key)!r}; expected a token of the vocabulary")
+        ids[key] = found
+    return Marks(ids["start"], ids["end"], (ids["stop"],))
+
+
+def load(
+    *,
+    plan: Plan,
+    model: str | None = None,
+    new: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    images: int = 1,
+    text: int = 256,
+    steps: int = 20,
+    shift: float = 1.0,
+    sampler: Sampler = flow_sde,
+    reduction: Literal["mean", "sum"] = "mean",
+    temperature: float = 1.0,
+    chat: bool = False,
+    train: tuple[str, ...] = (),
+    rollout_rows: int = 64,
+    replay_rows: int = 16,
+    replay_steps: int | None = None,
+    text_weight: float = 1.0,
+    image_weight: float = 5.0,
+    noises: int = 1,
+    media: Path = Path(),
+    attention: Literal["sdpa", "eager"] = "sdpa",
+    dtype: Precision = "float32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    autocast: Precision | None = None,
+) -> HybridPolicy:
+    """A policy from a folder of `pipelines.hybrid_model`, or a new one to be pretrained.
+
+    model: the folder. new: in its place what its config.json would hold, with a `tokenizer` (folder or hub name). images, text:
+    an answer holds so many images at most, and so many tokens in each text. steps, shift: denoising steps and how their times
+    lie; plan: which of them are stochastic and trained, sampler: how, reduction: of their log-ratios. chat: prompts go through
+    the tokenizer's chat template. train: patterns of the names of trained parameters, by default all but a VAE's.
+    rollout_rows: answers written at once; replay_rows, replay_steps: answers and denoising steps of each whose graphs are held
+    at once. text_weight, image_weight, noises, media: of lessons (train.stage = "pretrain"): the two losses' weights, noisy
+    versions of each image, the folder of the images that answers name. dtype: of the weights; autocast: of the computation.
+    """
+    if (model is None) == (new is None):
+        raise ValueError(f"policy.model is {model!r} and policy.new is {new!r}; expected one of them")
+    source = tokenizer or model
+    if source is None:
+        raise ValueError("policy.new is set without policy.tokenizer; expected the folder or hub name of one")
+    if new is not None:
+        loaded, config = hybrid_model.create(new, attention), dict(new)
+    else:
+        loaded, config = hybrid_model.load(Path(str(model)), attention)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded.to(place, getattr(torch, dtype))
+    options = Options(
+        temperature, rollout_rows, replay_rows, replay_steps, chat, text_weight, image_weight, noises, media,
+        None if autocast is None else getattr(torch, autocast),
+    )  # fmt: skip
+    room = Room(images, text, loaded.tokens, steps)
+    how = Steps(steps, sampler, shift, reduction)
+    return HybridPolicy(
+        loaded, hybrid_model.tokenizer_of(source), config["marks"], room, how, plan, options, train=train
+    )
