@@ -44,6 +44,19 @@ class Written:
     velocity: Tensor  # (b, J, K, C, H, W) at least float32, in each state but the last
     finished: Tensor  # (b,) bool: the answer ended by itself
 
+    @staticmethod
+    def joined(parts: Sequence["Written"]) -> "Written":
+        """The rows of several calls, on the CPU."""
+
+        def cat(of: Callable[["Written"], Tensor]) -> Tensor:
+            return torch.cat([of(part).cpu() for part in parts])
+
+        shape = Shape(cat(lambda part: part.answers.shape.length), cat(lambda part: part.answers.shape.drawn))
+        state = cat(lambda part: part.state)
+        answers = Answers(cat(lambda part: part.answers.token), shape, state[:, :, -1])
+        rest = (cat(lambda part: part.velocity), cat(lambda part: part.finished))
+        return Written(answers, cat(lambda part: part.log_prob), state, *rest)
+
 
 @dataclass
 class Going:
@@ -74,7 +87,7 @@ class Going:
     def forget(self, count: int) -> None:
         """The last tokens of every row."""
         self.seen = self.seen[:, : self.seen.shape[1] - count]
-        self.cache.crop(self.seen.shape[1])
+        self.cache.crop(-count)
 
 
 @torch.no_grad()

@@ -145,8 +145,12 @@ class HybridPolicy:
         for rows in torch.arange(len(batch)).split(self.options.rollout_rows):
             part = batch.take(rows)
             with self.precision():
-                parts.append(write(self.model, self.room, self.prompts(part), self.steps, self.marks, part, planned,
-                                   self.options.temperature).cpu())  # fmt: skip
+                parts.append(
+                    write(
+                        self.model, self.room, self.prompts(part), self.steps, self.marks, part, planned,
+                        self.options.temperature,
+                    )
+                )  # fmt: skip
         return Written.joined(parts)
 
     def samples(self, batch: Batch, written: Written) -> Samples:
