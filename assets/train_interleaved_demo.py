@@ -43,7 +43,7 @@ plan = {{ build = "mmgrpo.schedules:all_but_last" }}
 images = 2
 text = 4
 steps = 5
-noises = 2
+noises = 4
 attention = "eager"
 autocast = "bfloat16"
 replay_rows = {batch}
@@ -63,7 +63,7 @@ target = "answer"
 learning_rate = {rate}
 betas = [0.9, 0.99]
 weight_decay = 0.01
-warmup = 50
+warmup = 30
 decay = "linear"
 [train]
 stage = "pretrain"
@@ -74,7 +74,7 @@ evaluate_every = {every}
 save_every = 100000
 trackers = []
 [ema]
-decay = 0.996
+decay = 0.99
 [evaluation]
 source = "{folder}/validation.jsonl"
 target = "answer"
@@ -115,10 +115,10 @@ def measured(run: Run, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1400, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=48, help="answers a step")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=32, help="answers a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--report-every", type=int, default=200, help="steps")
+    parser.add_argument("--report-every", type=int, default=175, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()

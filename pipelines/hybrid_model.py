@@ -9,7 +9,7 @@ Axes: b rows, T text tokens, N tokens of an image, Q tokens of a call, L those r
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ from torch.nn.functional import silu
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     Cache,
     DynamicCache,
     PreTrainedModel,
@@ -33,6 +32,7 @@ from pipelines.token_probabilities import Head
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEYS = ("trunk", "image", "marks", "vae")
+Build = Callable[[Mapping[str, Any]], nn.Module]  # config -> a module with the members of `Hybrid`
 FREQUENCIES = 64  # of the time embedding, half of them sines
 
 
@@ -180,18 +180,20 @@ def from_patches(patches: Tensor, patch: int, latent: tuple[int, int, int]) -> T
 
 
 def create(config: Mapping[str, Any], attention: str = "sdpa", where: str = "policy.new") -> HybridModel:
-    """A new model of `{"trunk": a transformers config, or a folder or hub name whose weights are taken, "image": {"size",
-    "channels", "patch"}, "vae": likewise}`; raises ValueError. The heads of images are random."""
+    """A new model of `{"trunk", "image": {"size", "channels", "patch"}, "marks", "vae"}`; raises ValueError.
+
+    The trunk is a transformers config with its model_type, or a folder or hub name whose weights are taken; so is the VAE, of
+    diffusers, if there is one. What images need around the trunk is random.
+    """
     refuse_unknown(config, KEYS, where)
-    for key in ("trunk", "image", "marks"):
+    for key in KEYS[:3]:
         if key not in config:
             raise ValueError(f"{where}.{key} is missing; expected {', '.join(KEYS[:3])}, and vae if there is one")
     trunk, vae = config["trunk"], config.get("vae")
     if isinstance(trunk, str):
         decoder = AutoModelForCausalLM.from_pretrained(trunk, attn_implementation=attention, dtype=torch.float32)
     else:
-        made = AutoConfig.for_model(**trunk)
-        decoder = AutoModelForCausalLM.from_config(made, attn_implementation=attention)
+        decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model(**trunk), attn_implementation=attention)
     if isinstance(vae, str):
         coder = AutoencoderKL.from_pretrained(vae)
     else:
@@ -199,29 +201,32 @@ def create(config: Mapping[str, Any], attention: str = "sdpa", where: str = "pol
     return HybridModel(decoder, **config["image"], vae=coder)
 
 
-def load(folder: Path, attention: str = "sdpa") -> tuple[HybridModel, dict[str, Any]]:
-    """The model of a folder and its config; raises ValueError naming the file."""
+def described(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config from which `create` makes the model again without any other folder."""
+    if not isinstance(model, HybridModel):
+        return dict(config)
+    found = {**config, "trunk": plain(model.trunk.config.to_dict())}
+    return found if model.vae is None else {**found, "vae": plain(dict(model.vae.config))}
+
+
+def load(folder: Path, build: Build | None = None, attention: str = "sdpa") -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a folder and its config; raises ValueError naming the file. `build` makes a module of the user's own."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"policy.model is {str(folder)!r}, which has no {name}")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    model, weights = create(config, attention, str(folder / CONFIG)), load_file(folder / WEIGHTS)
-    dtypes = {weight.dtype for weight in weights.values()}
+    model = create(config, attention, str(folder / CONFIG)) if build is None else build(config)
     try:
-        model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32).load_state_dict(weights)
+        model.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:  # torch lists every name and shape that differs, a line each
         raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(error).split())[:300]}") from error
     return model, config
 
 
-def save(folder: Path, model: HybridModel, marks: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the folder, which `load` reads back bit for bit; weights keep their dtype, tied ones are written once each."""
+def save(folder: Path, model: nn.Module, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the folder; weights keep their dtype, and tied ones are written under each of their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    image = {"size": model.latent[1], "channels": model.latent[0], "patch": model.patch}
-    config = {"trunk": plain(model.trunk.config.to_dict()), "image": image, "marks": dict(marks)}
-    if model.vae is not None:
-        config["vae"] = plain(dict(model.vae.config))
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(described(model, config), indent=2) + "\n", encoding="utf-8")
     save_file({name: value.clone().contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS)
     tokenizer.save_pretrained(folder)
 
@@ -230,8 +235,3 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A library's config as JSON holds it, without notes on where it came from."""
     kept = {name: value for name, value in config.items() if not name.startswith("_") and name != "dtype"}
     return dict(json.loads(json.dumps(kept, default=str)))
-
-
-def tokenizer_of(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name."""
-    return AutoTokenizer.from_pretrained(source)

@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mmgrpo.components import locate
 from mmgrpo.schedules import Plan
 from mmgrpo.transitions import flow_sde
 from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Lesson, Prompt, Reference, Samples, Trajectory
@@ -26,7 +27,6 @@ from pipelines.answers import shared_prompts
 from pipelines.decisions import Sampler
 from pipelines.hybrid_evaluation import Found, Pair, evaluated, found_of
 from pipelines.hybrid_layout import Room, Shape
-from pipelines.hybrid_model import HybridModel
 from pipelines.hybrid_reading import Answers, Prompts, collate
 from pipelines.hybrid_steps import Steps
 from pipelines.hybrid_writing import Marks, Written, write
@@ -71,9 +71,9 @@ class HybridPolicy:
 
     def __init__(
         self,
-        model: HybridModel,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        marks: Mapping[str, str],
+        config: Mapping[str, Any],
         room: Room,
         steps: Steps,
         plan: Plan,
@@ -81,17 +81,17 @@ class HybridPolicy:
         *,
         train: Sequence[str] = (),
     ) -> None:
-        self.model, self.tokenizer, self.names = model, tokenizer, dict(marks)
+        self.model, self.tokenizer, self.config = model, tokenizer, dict(config)  # a module with the members of `Hybrid`
         self.room, self.steps, self.plan, self.options = room, steps, plan, options
-        self.marks = marks_of(tokenizer, marks)
-        self.whole_samples = options.replay_steps is None
-        self.notes = [choose_trained(model, train)]
-        if model.vae is not None:
-            model.vae.requires_grad_(False)
+        self.marks = marks_of(tokenizer, config["marks"])
+        self.whole_samples = options.replay_steps is None  # a chunk of a replay holds every decision of its samples
+        names = {name.split(".")[0] for name, _ in model.named_parameters()} - {"vae"}
+        self.notes = [choose_trained(model, train or [f"{name}*" for name in sorted(names)])]
 
     @property
     def device(self) -> torch.device:
-        return self.model.places.device
+        found: torch.device = next(self.model.parameters()).device
+        return found
 
     def precision(self) -> AbstractContextManager[object]:
         """The context in which the model runs."""
@@ -125,7 +125,7 @@ class HybridPolicy:
 
     def walked(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
         """One answer per row and its decisions; the planned steps of every image, (K,) bool, are stochastic and trained."""
-        written = self._written(batch, planned)
+        written = self.written(batch, planned)
         shape, answers = written.answers.shape, written.answers
         mask = torch.zeros(len(batch), self.room.decisions, dtype=torch.bool)
         kind = torch.full(mask.shape, KINDS["token"])
@@ -138,9 +138,10 @@ class HybridPolicy:
 
     def generate(self, batch: Batch) -> Samples:
         """One answer per row: the likeliest tokens, and images without the sampler's noise."""
-        return self.samples(batch, self._written(batch, None))
+        return self.samples(batch, self.written(batch, None))
 
-    def _written(self, batch: Batch, planned: Tensor | None) -> Written:
+    def written(self, batch: Batch, planned: Tensor | None) -> Written:
+        """Answers, with the planned steps stochastic or, without a plan, nothing drawn at random but the start of images."""
         parts = []
         for rows in torch.arange(len(batch)).split(self.options.rollout_rows):
             part = batch.take(rows)
@@ -165,7 +166,7 @@ class HybridPolicy:
             found = self._parts(token, length, drawn, images[row])
             parts.append(tuple(part for part, _ in found))
             ends.append([end for _, end in found])
-        most = max(1, *(len(row) for row in ends))
+        most = 2 * self.room.images + 1
         end = torch.tensor([[*row, *[-1] * (most - len(row))] for row in ends])
         return Samples(batch, interleaved=tuple(parts), part_end=end, finished=written.finished)
 
@@ -257,7 +258,7 @@ class HybridPolicy:
 
     def save(self, folder: Path) -> None:
         """The model's folder, as `pipelines.hybrid_model.load` reads it."""
-        hybrid_model.save(folder, self.model, self.names, self.tokenizer)
+        hybrid_model.save(folder, self.model, self.config, self.tokenizer)
 
 
 def marks_of(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, str]) -> Marks:
@@ -277,6 +278,7 @@ def load(
     model: str | None = None,
     new: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
+    network: str | None = None,
     images: int = 1,
     text: int = 256,
     steps: int = 20,
@@ -300,8 +302,8 @@ def load(
 ) -> HybridPolicy:
     """A policy from a folder of `pipelines.hybrid_model`, or a new one to be pretrained.
 
-    model: the folder. new: in its place what its config.json would hold, with a `tokenizer` (folder or hub name). images, text:
-    an answer holds so many images at most, and so many tokens in each text. steps, shift: denoising steps and how their times
+    model: the folder. new: in its place what its config.json would hold, with a `tokenizer` (folder or hub name).
+    network: "path/to/file.py:build" for a module of your own, made from the config. images, text: an answer holds so many images at most, and so many tokens in each text. steps, shift: denoising steps and how their times
     lie; plan: which of them are stochastic and trained, sampler: how, reduction: of their log-ratios. chat: prompts go through
     the tokenizer's chat template. train: patterns of the names of trained parameters, by default all but a VAE's.
     rollout_rows: answers written at once; replay_rows, replay_steps: answers and denoising steps of each whose graphs are held
@@ -313,10 +315,11 @@ def load(
     source = tokenizer or model
     if source is None:
         raise ValueError("policy.new is set without policy.tokenizer; expected the folder or hub name of one")
-    if new is not None:
-        loaded, config = hybrid_model.create(new, attention), dict(new)
+    build = None if network is None else locate(network, "policy.network")
+    if new is None:
+        loaded, config = hybrid_model.load(Path(str(model)), build, attention)
     else:
-        loaded, config = hybrid_model.load(Path(str(model)), attention)
+        loaded, config = hybrid_model.create(new, attention) if build is None else build(new), dict(new)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded.to(place, getattr(torch, dtype))
     options = Options(
@@ -326,5 +329,5 @@ def load(
     room = Room(images, text, loaded.tokens, steps)
     how = Steps(steps, sampler, shift, reduction)
     return HybridPolicy(
-        loaded, hybrid_model.tokenizer_of(source), config["marks"], room, how, plan, options, train=train
+        loaded, AutoTokenizer.from_pretrained(source), config, room, how, plan, options, train=train
     )
