@@ -28,7 +28,11 @@ from mmgrpo.trainer import train
 from pipelines.tiny_interleaved import SUMS, answers, careless, config, split_of, tokenizer, write_prompts
 from rewards.shapes import WISHES, render
 
-ROWS, RENDERINGS, CARELESS = 96, 160, 0.4  # answers to each sum, pictures of each kind, share of results that are any number
+ROWS, RENDERINGS, CARELESS = (
+    96,
+    160,
+    0.4,
+)  # answers to each sum, pictures of each kind, share of results that are any number
 
 RECIPE = """
 rewards = [

@@ -65,7 +65,8 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
         f"{name}_{when}": values[name] for name in old for when, values in (("before", old), ("after", new))
     }
     errors = {
-        f"{name}_standard_errors": standard_errors(before, after, name) for name in ("hybrid", "text", "picture", "exact")
+        f"{name}_standard_errors": standard_errors(before, after, name)
+        for name in ("hybrid", "text", "picture", "exact")
     }
     further = {"seed": seed, "iterations": training.iteration, "held_out_answers": len(after.likeliest)}
     demos.conclude(folder, summary | errors | took | further, {"answers": "stories.png", "curve": "curve.png"})

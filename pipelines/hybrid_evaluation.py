@@ -37,12 +37,19 @@ class Found:
     entropy: Tensor | None  # likewise
 
     def keep(self, record: dict[str, Tensor], rows: Tensor) -> None:
-        """Note it as the anchor of some rows of a record."""
+        """Note it as the anchor of some rows of a record, whose other rows are NaN until they are noted."""
         if self.log_prob is not None:
             _, texts, longest = self.log_prob.shape
-            record["anchor.log_prob"][rows, :texts, :longest] = self.log_prob.detach().cpu()
+            opened(record, "log_prob", self.log_prob.dtype)[rows, :texts, :longest] = self.log_prob.detach().cpu()
         for place, (image, step) in enumerate(self.pairs):
-            record["anchor.velocity"][rows, image, step] = self.velocity[:, place].detach().cpu()
+            kept = opened(record, "velocity", self.velocity.dtype)
+            kept[rows, image, step] = self.velocity[:, place].detach().cpu()
+
+
+def opened(record: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    """The anchor of what was recorded under a name, in place."""
+    like = record[name]
+    return record.setdefault(f"anchor.{name}", torch.full(like.shape, torch.nan, dtype=dtype))
 
 
 def found_of(
@@ -105,9 +112,7 @@ def evaluated(
     return torch.cat([columns for columns, _ in parts]), Evaluation(**values)
 
 
-def _tokens(
-    found: Found, held: Found | None, record: Mapping[str, Tensor], room: Room
-) -> tuple[Tensor, Evaluation]:
+def _tokens(found: Found, held: Found | None, record: Mapping[str, Tensor], room: Room) -> tuple[Tensor, Evaluation]:
     assert found.log_prob is not None and found.entropy is not None
     log_prob = found.log_prob
     _, texts, longest = log_prob.shape
@@ -138,14 +143,15 @@ def _step(
 
     x, following = (record["state"][:, pair.image, pair.step + ahead].to(velocity) for ahead in (0, 1))
     old = anchored(record, "velocity", recorded, velocity)
-    new_one, old_one, sampled = (
-        steps.gaussian(x, one, pair.step) for one in (velocity, old, recorded("velocity"))
-    )
+    new_one, old_one, sampled = (steps.gaussian(x, one, pair.step) for one in (velocity, old, recorded("velocity")))
     reference = None if held is None else steps.gaussian(x, held.velocity[:, place], pair.step)
     part = decisions.Part(following, new_one, old_one, reference, steps.dt(pair.step).to(velocity.device))
     gap = log_ratio(following, old_one, sampled, steps.reduction).unsqueeze(1)
     found_here = decisions.evaluate([part], steps.reduction)
-    values = {**found_here.tensors(), "sampler_gap": gap}
+    drawn = record["drawn"][:, pair.image, None].to(velocity.device)
+    values = {
+        name: torch.where(drawn, value, 0) for name, value in {**found_here.tensors(), "sampler_gap": gap}.items()
+    }
     return room.steps_decided()[pair.image, pair.step].unsqueeze(0), Evaluation(**values)
 
 

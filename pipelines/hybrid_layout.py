@@ -113,7 +113,5 @@ def positions(room: Room, prompt: Tensor, answer: Tensor, versions: Tensor) -> T
     Counted over filled slots, from the prompt on.
     """
     clean = prompt.sum(1, keepdim=True) + answer.cumsum(1) - 1
-    parts = [
-        clean[:, room.image_at(number) : room.image_at(number) + room.tokens] for number in versions.tolist()
-    ]
+    parts = [clean[:, room.image_at(number) : room.image_at(number) + room.tokens] for number in versions.tolist()]
     return torch.cat([clean, *parts], dim=1).clamp(min=0)

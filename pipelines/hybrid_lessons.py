@@ -46,7 +46,9 @@ def tokens(policy: "HybridPolicy", prompt: Prompt) -> tuple[list[list[int]], lis
             texts[-1] += policy.tokenizer(part, add_special_tokens=False).input_ids
     texts[-1].append(marks.stop[0])
     if len(images) > room.images:
-        raise ValueError(f"prompt {prompt.id}: an answer of {len(images)} images; expected policy.images = {room.images}")
+        raise ValueError(
+            f"prompt {prompt.id}: an answer of {len(images)} images; expected policy.images = {room.images}"
+        )
     longest = max(map(len, texts))
     if longest > room.text:
         raise ValueError(f"prompt {prompt.id}: a text of {longest} tokens; expected policy.text = {room.text} at most")
@@ -71,7 +73,9 @@ def answers_of(policy: "HybridPolicy", prompts: Sequence[Prompt]) -> Answers:
         with torch.no_grad():
             found = policy.model.encode(torch.stack(pictures).to(policy.device)).float().cpu()
         if found.shape[1:] != latent:
-            raise ValueError(f"images become latents of {tuple(found.shape[1:])}; expected {latent}, those of the model")
+            raise ValueError(
+                f"images become latents of {tuple(found.shape[1:])}; expected {latent}, those of the model"
+            )
         clean[drawn] = found
     return Answers(token, Shape(length, drawn), clean).to(policy.device)
 

@@ -9,7 +9,7 @@ each text its tokens, of each image its steps and the mark behind it, which the 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,41 +21,30 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mmgrpo.components import locate
 from mmgrpo.schedules import Plan
 from mmgrpo.transitions import flow_sde
-from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Lesson, Prompt, Reference, Samples, Trajectory
+from mmgrpo.types import (
+    KINDS,
+    Batch,
+    Chunk,
+    Consumer,
+    Evaluation,
+    Finding,
+    Lesson,
+    Prompt,
+    Reference,
+    Samples,
+    Trajectory,
+)
 from pipelines import hybrid_check, hybrid_lessons, hybrid_model
 from pipelines.answers import shared_prompts
 from pipelines.decisions import Sampler
 from pipelines.hybrid_evaluation import Found, Pair, evaluated, found_of
 from pipelines.hybrid_layout import Room, Shape
+from pipelines.hybrid_options import Options, Precision, marks_of
+from pipelines.hybrid_parts import samples_of
 from pipelines.hybrid_reading import Answers, Prompts, collate
 from pipelines.hybrid_steps import Steps
-from pipelines.hybrid_writing import Marks, Written, write
+from pipelines.hybrid_writing import Written, write
 from pipelines.speech import choose_trained
-
-Precision = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How answers are made and read."""
-
-    temperature: float = 1.0  # logits are divided by it
-    rollout_rows: int = 64  # answers written at once
-    replay_rows: int = 16  # answers whose graphs are held at once
-    replay_steps: int | None = None  # denoising steps of each answer whose graphs are held at once; None: all
-    chat: bool = False  # prompts go through the tokenizer's chat template
-    text_weight: float = 1.0  # of a lesson's loss of tokens
-    image_weight: float = 5.0  # of a lesson's loss of velocities; Transfusion's lambda (arXiv 2408.11039, section 4.1)
-    noises: int = 1  # noisy versions of each image in a lesson
-    media: Path = Path()  # where the images lie that a lesson names
-    autocast: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("rollout_rows", "replay_rows", "noises"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"policy.{name} is {getattr(self, name)}; expected at least 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"policy.temperature is {self.temperature}; expected a positive number")
 
 
 class Piece(NamedTuple):
@@ -81,7 +70,11 @@ class HybridPolicy:
         *,
         train: Sequence[str] = (),
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, dict(config)  # a module with the members of `Hybrid`
+        self.model, self.tokenizer, self.config = (
+            model,
+            tokenizer,
+            dict(config),
+        )  # a module with the members of `Hybrid`
         self.room, self.steps, self.plan, self.options = room, steps, plan, options
         self.marks = marks_of(tokenizer, config["marks"])
         self.whole_samples = options.replay_steps is None  # a chunk of a replay holds every decision of its samples
@@ -155,32 +148,11 @@ class HybridPolicy:
         return Written.joined(parts)
 
     def samples(self, batch: Batch, written: Written) -> Samples:
-        """The answers as rewards see them: texts that are not empty, and images."""
+        """The answers as rewards see them."""
+        clean = written.answers.clean
         with torch.no_grad():
-            images = self.model.decode(written.answers.clean.flatten(0, 1).to(self.device)).cpu()
-        images = images.unflatten(0, written.answers.clean.shape[:2])
-        parts, ends = [], []
-        for row, (token, length, drawn) in enumerate(
-            zip(written.answers.token, written.answers.shape.length, written.answers.shape.drawn, strict=True)
-        ):
-            found = self._parts(token, length, drawn, images[row])
-            parts.append(tuple(part for part, _ in found))
-            ends.append([end for _, end in found])
-        most = 2 * self.room.images + 1
-        end = torch.tensor([[*row, *[-1] * (most - len(row))] for row in ends])
-        return Samples(batch, interleaved=tuple(parts), part_end=end, finished=written.finished)
-
-    def _parts(self, token: Tensor, length: Tensor, drawn: Tensor, images: Tensor) -> list[tuple[str | Tensor, int]]:
-        """The parts of one answer, each with the column of its last decision."""
-        found: list[tuple[str | Tensor, int]] = []
-        columns, steps = self.room.tokens_decided(), self.room.steps_decided()
-        for number, count in enumerate(length.tolist()):
-            text = self.tokenizer.decode(token[number, :count].tolist(), skip_special_tokens=True).strip()
-            if text:
-                found.append((text, int(columns[number, count - 1])))
-            if number < self.room.images and drawn[number]:
-                found.append((images[number], int(steps[number, -1])))
-        return found
+            images = self.model.decode(clean.flatten(0, 1).to(self.device)).cpu().unflatten(0, clean.shape[:2])
+        return samples_of(batch, written, images, self.room, self.tokenizer)
 
     # -- replay -------------------------------------------------------------------------------------------------
 
@@ -188,6 +160,8 @@ class HybridPolicy:
         """The calls of a replay: a few answers, with all their trained steps or a few of them at a time."""
         steps = self.room.steps_decided()
         for rows in torch.arange(len(trajectory)).split(self.options.replay_rows):
+            if len(rows) == 0:  # no sample is left to replay
+                return
             planned = trajectory.mask[rows][:, steps].any(0)  # (J, K)
             pairs = [Pair(*pair) for pair in planned.nonzero().tolist()]
             most = self.options.replay_steps or max(1, len(pairs))
@@ -209,8 +183,6 @@ class HybridPolicy:
     def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
         """The trajectory with log-probs and velocities under today's weights, in the calls of the coming replays."""
         record = dict(trajectory.record)
-        for name in ("log_prob", "velocity"):
-            record.setdefault(f"anchor.{name}", torch.full_like(record[name], torch.nan))
         for part in parts:
             taken = trajectory.take(part)
             for piece in self.pieces(taken):
@@ -259,17 +231,6 @@ class HybridPolicy:
     def save(self, folder: Path) -> None:
         """The model's folder, as `pipelines.hybrid_model.load` reads it."""
         hybrid_model.save(folder, self.model, self.config, self.tokenizer)
-
-
-def marks_of(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, str]) -> Marks:
-    """The marks' token ids; raises ValueError if one is not a single token."""
-    ids = {}
-    for key in ("start", "end", "stop"):
-        found = tokenizer.convert_tokens_to_ids(names[key]) if key in names else None
-        if found is None or found == tokenizer.unk_token_id:
-            raise ValueError(f"marks.{key} is {names.get(key)!r}; expected a token of the vocabulary")
-        ids[key] = found
-    return Marks(ids["start"], ids["end"], (ids["stop"],))
 
 
 def load(
@@ -328,6 +289,4 @@ def load(
     )  # fmt: skip
     room = Room(images, text, loaded.tokens, steps)
     how = Steps(steps, sampler, shift, reduction)
-    return HybridPolicy(
-        loaded, AutoTokenizer.from_pretrained(source), config, room, how, plan, options, train=train
-    )
+    return HybridPolicy(loaded, AutoTokenizer.from_pretrained(source), config, room, how, plan, options, train=train)

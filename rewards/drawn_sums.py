@@ -83,9 +83,7 @@ def judged(samples: Samples, measure: Callable[[Samples], Tensor], divided: bool
 
 def pictured(found: Sequence[Picture]) -> Samples:
     """The pictures as samples of their own, as the measures of `rewards.shapes` read them."""
-    prompts = tuple(
-        Prompt(number, one.wish.text, columns=vars(one.wish)) for number, one in enumerate(found)
-    )
+    prompts = tuple(Prompt(number, one.wish.text, columns=vars(one.wish)) for number, one in enumerate(found))
     ids = torch.arange(len(found))
     return Samples(Batch(prompts, ids, ids, 0, 0), image=torch.stack([one.image for one in found]))
 

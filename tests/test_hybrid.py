@@ -21,6 +21,7 @@ from mmgrpo.trainer import begin
 from mmgrpo.types import KINDS, Batch, Chunk, Prompt, Trajectory
 from pipelines import hybrid_check, hybrid_lessons, hybrid_model, replays, tiny_interleaved
 from pipelines.hybrid_layout import Room, Shape, alive, attention, positions
+from pipelines.hybrid_parts import parts_of
 from pipelines.interleaved_hybrid import HybridPolicy, load
 from pipelines.tiny_interleaved import SUMS
 
@@ -135,7 +136,20 @@ def test_decisions_stand_in_the_order_of_time_and_the_mark_behind_an_image_is_no
         images = [part for part in parts if isinstance(part, Tensor)]
         assert len(images) == drawn[row].sum()
         assert all(image.shape == (3, 16, 16) and 0 <= image.min() and image.max() <= 1 for image in images)
-        assert all(part for part in parts if isinstance(part, str))
+        assert parts == ("",) or "" not in [part for part in parts if isinstance(part, str)]
+
+
+def test_the_mark_of_an_image_belongs_to_the_image_and_the_end_of_an_answer_to_its_last_part(folder):
+    policy = opened(folder)
+    words, (start, _, (stop,)) = policy.tokenizer("two red").input_ids, vars(policy.marks).values()
+    first, second = torch.zeros(3, 16, 16), torch.ones(3, 16, 16)
+
+    def parts(*texts: list[int]) -> list[tuple[object, int]]:
+        return parts_of(list(texts), [first, second][: len(texts) - 1], policy.room, policy.tokenizer)
+
+    assert parts([*words, start], [start], [stop]) == [("two red", 1), (first, 5), (second, 14)]
+    assert parts([start], [words[0], stop], []) == [(first, 5), ("two", 8)]
+    assert parts([stop]) == [("", 0)]
 
 
 # -- replays
@@ -244,7 +258,11 @@ def test_decisions_of_one_kind_move_what_the_other_kind_is_made_of(folder):
     before_the_image = reached(policy.room.tokens_decided()[0])
     steps = reached(policy.room.steps_decided()[0])
     assert image <= after_the_image and not image & before_the_image
-    assert {"trunk.model.embed_tokens.weight", "flow_head.weight", *image} <= steps and "trunk.lm_head.weight" not in steps
+    assert {
+        "trunk.model.embed_tokens.weight",
+        "flow_head.weight",
+        *image,
+    } <= steps and "trunk.lm_head.weight" not in steps
 
 
 def test_a_step_makes_better_than_average_answers_likelier_in_both_kinds(folder):
@@ -431,7 +449,7 @@ def test_a_vae_stands_between_pixels_and_latents_and_is_not_trained(folder, tmp_
     assert torch.equal(again.vae.decoder.conv_in.weight, vae.decoder.conv_in.weight)
 
 
-OWN = '''
+OWN = """
 from pipelines import hybrid_model
 
 
@@ -439,7 +457,7 @@ def build(config):
     model = hybrid_model.create(config)
     model.flow_head.weight.data.fill_(0.5)
     return model
-'''
+"""
 
 
 def test_a_module_of_the_users_own_is_built_from_the_config(folder, tmp_path):

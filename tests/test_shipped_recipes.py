@@ -67,6 +67,7 @@ CASES = [
 ELSEWHERE = {
     "demo_image",
     "demo_vlm",
+    "demo_interleaved",
     "demo_speech",  # with the pair of metrics in test_demo_speech.py
     "speech_single_metric",
     "speech_multi_metric",
