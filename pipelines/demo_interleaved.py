@@ -37,7 +37,7 @@ class Answered(NamedTuple):
 
     def means(self) -> dict[str, float]:
         """Each measure over all answers, and the reward, half of it for words and half for pictures."""
-        found = {}
+        found: dict[str, float] = {}
         for way, scores in (("", self.scores), ("_sampled", self.sampled)):
             found |= {f"{name}{way}": float(scores[name].nanmean()) for name in MEASURES}
             found[f"hybrid{way}"] = float(hybrid(scores).mean())

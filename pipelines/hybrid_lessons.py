@@ -36,7 +36,9 @@ def check(policy: "HybridPolicy", prompts: Sequence[Prompt]) -> int:
 
 def tokens(policy: "HybridPolicy", prompt: Prompt) -> tuple[list[list[int]], list[Path]]:
     """The texts of a prompt's answer as tokens, each with the mark that ends it, and its images; raises ValueError."""
-    texts, images, room, marks = [[]], [], policy.room, policy.marks
+    room, marks = policy.room, policy.marks
+    texts: list[list[int]] = [[]]
+    images: list[Path] = []
     for part in answer_parts.parts_of(prompt, policy.options.media):
         if isinstance(part, Path):
             texts[-1].append(marks.start)

@@ -209,6 +209,18 @@ def described(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     return found if model.vae is None else {**found, "vae": plain(dict(model.vae.config))}
 
 
+def opened(
+    model: str | None, new: Mapping[str, Any] | None, build: Build | None, attention: str
+) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder, or a new one of a config, and its config; raises ValueError unless one of them is asked for."""
+    if (model is None) == (new is None):
+        raise ValueError(f"policy.model is {model!r} and policy.new is {new!r}; expected one of them")
+    if model is not None:
+        return load(Path(model), build, attention)
+    assert new is not None
+    return create(new, attention) if build is None else build(new), dict(new)
+
+
 def load(folder: Path, build: Build | None = None, attention: str = "sdpa") -> tuple[nn.Module, dict[str, Any]]:
     """The model of a folder and its config; raises ValueError naming the file. `build` makes a module of the user's own."""
     for name in (CONFIG, WEIGHTS):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -271,16 +271,11 @@ def load(
     at once. text_weight, image_weight, noises, media: of lessons (train.stage = "pretrain"): the two losses' weights, noisy
     versions of each image, the folder of the images that answers name. dtype: of the weights; autocast: of the computation.
     """
-    if (model is None) == (new is None):
-        raise ValueError(f"policy.model is {model!r} and policy.new is {new!r}; expected one of them")
     source = tokenizer or model
     if source is None:
         raise ValueError("policy.new is set without policy.tokenizer; expected the folder or hub name of one")
-    build = None if network is None else locate(network, "policy.network")
-    if new is None:
-        loaded, config = hybrid_model.load(Path(str(model)), build, attention)
-    else:
-        loaded, config = hybrid_model.create(new, attention) if build is None else build(new), dict(new)
+    build = None if network is None else cast(hybrid_model.Build, locate(network, "policy.network"))
+    loaded, config = hybrid_model.opened(model, new, build, attention)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded.to(place, getattr(torch, dtype))
     options = Options(

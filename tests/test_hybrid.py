@@ -144,12 +144,15 @@ def test_the_mark_of_an_image_belongs_to_the_image_and_the_end_of_an_answer_to_i
     words, (start, _, (stop,)) = policy.tokenizer("two red").input_ids, vars(policy.marks).values()
     first, second = torch.zeros(3, 16, 16), torch.ones(3, 16, 16)
 
-    def parts(*texts: list[int]) -> list[tuple[object, int]]:
-        return parts_of(list(texts), [first, second][: len(texts) - 1], policy.room, policy.tokenizer)
+    def parts(images: int, *texts: list[int]) -> list[tuple[object, int]]:
+        return parts_of(list(texts), [first, second][:images], policy.room, policy.tokenizer)
 
-    assert parts([*words, start], [start], [stop]) == [("two red", 1), (first, 5), (second, 14)]
-    assert parts([start], [words[0], stop], []) == [(first, 5), ("two", 8)]
-    assert parts([stop]) == [("", 0)]
+    found = parts(2, [*words, start], [start], [stop])
+    assert [end for _, end in found] == [1, 5, 14] and found[0][0] == "two red"
+    assert found[1][0] is first and found[2][0] is second
+    found = parts(1, [start], [words[0], stop], [])
+    assert [end for _, end in found] == [5, 8] and found[1][0] == "two"
+    assert parts(0, [stop], [], []) == [("", 0)]
 
 
 # -- replays
