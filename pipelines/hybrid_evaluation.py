@@ -79,7 +79,8 @@ def scores(
     place = torch.arange(hidden.shape[2], device=hidden.device)
     there = place < answers.shape.length.unsqueeze(2)
     closing = (torch.arange(hidden.shape[1], device=hidden.device) == room.images).view(1, -1, 1)
-    found = [torch.zeros(there.shape, device=hidden.device) for _ in range(2)]
+    kind = torch.promote_types(hidden.dtype, torch.float32)
+    found = [torch.zeros(there.shape, dtype=kind, device=hidden.device) for _ in range(2)]
     for last in (False, True):
         where = there & (closing == last)
         if where.any():
