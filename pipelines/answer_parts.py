@@ -5,6 +5,7 @@ An answer is a list of {"text": ...} and {"image": path} in the order of reading
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
@@ -20,7 +21,7 @@ def parts_of(prompt: Prompt, folder: Path) -> tuple[str | Path, ...]:
     return tuple(_part(prompt, item, folder) for item in prompt.target)
 
 
-def _part(prompt: Prompt, item: object, folder: Path) -> str | Path:
+def _part(prompt: Prompt, item: Any, folder: Path) -> str | Path:
     match item:
         case {"text": str(text)} if len(item) == 1 and text:
             return text

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
+from mmgrpo.aggregations import seq_mean
 from mmgrpo.improve import Given, Loss, accumulate
-from mmgrpo.objectives import clipped, seq_mean
+from mmgrpo.objectives import clipped
 from mmgrpo.types import Batch
 from pipelines import arguments
 
@@ -45,7 +46,7 @@ def bare_call(bench: Bench, batch: Batch) -> None:
     engine = bench.policy.engine
     generators = [Generator().manual_seed(int(sample)) for sample in batch.sample]
     asked = arguments.call_arguments(
-        engine.pipeline, batch.prompts, generators, engine.options.call, (), engine.layout.form
+        engine.pipeline, batch.prompts, generators, engine.options.call, (), engine.layout.form, engine.options.video
     )
     engine.pipeline(**asked)
 
