@@ -52,14 +52,8 @@ attention = "eager"
 autocast = "bfloat16"
 replay_rows = {batch}
 rollout_rows = 192
-tokenizer = "{folder}/tokenizer"
 media = "{folder}"
-[policy.new.trunk]
-{trunk}
-[policy.new.image]
-{image}
-[policy.new.marks]
-{marks}
+{model}
 [prompts]
 source = "{folder}/train.jsonl"
 target = "answer"
@@ -106,6 +100,15 @@ def write_lessons(folder: Path, seed: int) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def model_table(start: Path | None, folder: Path) -> str:
+    """Of a model that goes on from a folder, or of a new one."""
+    if start is not None:
+        return f"model = {json.dumps(str(start))}"
+    tokenizer().save_pretrained(folder / "tokenizer")
+    tables = [f"[policy.new.{name}]\n{toml(table)}" for name, table in config().items()]
+    return "\n".join([f'tokenizer = "{folder}/tokenizer"', *tables])
+
+
 def toml(table: dict[str, object]) -> str:
     """A flat table; what is None is left out."""
     return "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None)
@@ -124,16 +127,16 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--report-every", type=int, default=175, help="steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    made = {name: toml(table) for name, table in config().items()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_lessons(folder, options.seed)
-        tokenizer().save_pretrained(folder / "tokenizer")
+        model = model_table(options.start, folder)
         text = RECIPE.format(folder=folder, batch=options.batch, rate=options.rate, steps=options.steps,
-                             every=options.report_every, **made)  # fmt: skip
+                             every=options.report_every, model=model)  # fmt: skip
         (folder / "recipe.toml").write_text(text, encoding="utf-8")
         run = train(load(folder / "recipe.toml", [f"seed={options.seed}"]), folder / "run")
         with run.averaged():
