@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tiny_interleaved
 import tiny_vlms.policy as language
 from sounds import RATE, recordings, tiny
 from tiny_pipelines.policy import NAMED
@@ -50,6 +51,11 @@ def fewer_tokens(policy: Any) -> None:
     policy.answers.options = replace(policy.answers.options, replay_tokens=AnswerOptions().replay_tokens // 10_000)
 
 
+def interleaved(folder: Path) -> Made:
+    policy, prompts = tiny_interleaved.tiny(folder)
+    return policy, prompts[:2]
+
+
 def speech(folder: Path) -> Made:
     prompts = recordings(folder)[:2]
     mixing = Mixing(RATE, noise=folder / "noise", snr=(0, 5))
@@ -69,4 +75,5 @@ KINDS = (
     PolicyKind("speech", speech, fewer_recordings),
     PolicyKind("pictures and text", partial(answers, "Qwen2_5_VLForConditionalGeneration"), fewer_tokens),
     PolicyKind("text", partial(answers, "Qwen3ForCausalLM"), fewer_tokens),
+    PolicyKind("texts and images in turn, as tokens", interleaved, fewer_tokens),
 )

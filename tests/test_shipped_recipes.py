@@ -87,6 +87,7 @@ ELSEWHERE = {
     "demo_image",
     "demo_vlm",
     "demo_interleaved",
+    "demo_video_edit",  # in test_demo_video_edit.py
     "demo_speech",  # with the pair of metrics in test_demo_speech.py
     "speech_single_metric",
     "speech_multi_metric",
