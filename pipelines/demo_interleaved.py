@@ -65,8 +65,9 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
         f"{name}_{when}": values[name] for name in old for when, values in (("before", old), ("after", new))
     }
     errors = {
-        f"{name}_standard_errors": standard_errors(before, after, name)
-        for name in ("hybrid", "text", "picture", "exact")
+        f"{name}{way}_standard_errors": standard_errors(before, after, name, way)
+        for way in ("", "_sampled")
+        for name in ("hybrid", *MEASURES)
     }
     further = {"seed": seed, "iterations": training.iteration, "held_out_answers": len(after.likeliest)}
     demos.conclude(folder, summary | errors | took | further, {"answers": "stories.png", "curve": "curve.png"})
@@ -101,11 +102,12 @@ def hybrid(scores: Mapping[str, Tensor]) -> Tensor:
     return (scores["text"] + scores["picture"]) / 2
 
 
-def standard_errors(before: Answered, after: Answered, name: str) -> float:
-    """The change of a measure of the likeliest answers over its standard error, paired by prompt."""
-    old, new = (hybrid(one.scores) if name == "hybrid" else one.scores[name] for one in (before, after))
+def standard_errors(before: Answered, after: Answered, name: str, way: str) -> float:
+    """The change of a measure over its standard error, paired by prompt; `way` is "" for likeliest answers, or "_sampled"."""
+    old, new = (one.scores if way == "" else one.sampled for one in (before, after))
+    values = [hybrid(one) if name == "hybrid" else one[name] for one in (old, new)]
     prompts = len({prompt.id for prompt in after.likeliest.prompts})
-    change = (new - old).view(prompts, -1).mean(1).double()
+    change = (values[1] - values[0]).view(prompts, -1).nanmean(1).double()
     error = change.std() / prompts**0.5
     return float(change.mean() / error) if error > 0 else 0.0
 
