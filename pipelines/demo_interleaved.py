@@ -145,7 +145,7 @@ def story(
     for number in range(2):
         text, right = texts[number] if number < len(texts) else ("no words", False)
         image, good = drawn[number] if number < len(drawn) else (torch.ones(3, 16, 16), False)
-        lines: list[pictures.Line] = [(f"{when}: {prompt}?" if number == 0 else " ", None), (text, right)]
+        lines: list[pictures.Line] = [(prompt if number == 0 else when, None), (text, right)]
         tiles.append((framed(image, good), lines))
     return tiles
 
