@@ -5,8 +5,8 @@ Axes: B answers, b those of one batch, P prompts, S tokens at most, T those of t
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ SAME_LOGITS = {
 }  # relative to the largest
 
 MARKED = ("image", "video", "audio")
+W = TypeVar("W")  # a record of tensors, as `Written`
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,10 @@ class Answers:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V) float32, outside of autocast."""
         with torch.autocast(self.model.device.type, enabled=False):
-            return token_probabilities.logits(self._head_for(self.fine(hidden)), self.fine(hidden))
+            return token_probabilities.logits(self.head_for(self.fine(hidden)), self.fine(hidden))
 
-    def _head_for(self, hidden: Tensor) -> Head:
+    def head_for(self, hidden: Tensor) -> Head:
+        """The last layer in the precision of the states that come to it."""
         head = self.head
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
         return head._replace(weight=head.weight.to(hidden.dtype), bias=bias)
@@ -162,7 +164,7 @@ class Answers:
         with self.precision(), self.saving_memory():
             hidden = self.fine(self._hidden(part, token)[there])  # (N, D)
         found = token_probabilities.scores(
-            self._head_for(hidden), hidden, token[there], self.sampling.temperature, support
+            self.head_for(hidden), hidden, token[there], self.sampling.temperature, support
         )
         empty = torch.zeros(there.shape, dtype=found.log_prob.dtype, device=device)
         return Scores(*(empty.masked_scatter(there, values) for values in found))
@@ -199,10 +201,10 @@ def shared_prompts(group: Tensor) -> tuple[list[int], Tensor]:
     return [int((number == place).nonzero()[0]) for place in range(len(ids))], number
 
 
-def in_order(parts: Sequence[Written], order: Tensor) -> Written:
+def in_order(parts: Sequence[W], order: Tensor) -> W:
     """The answers of several batches as one, row `order[i]` of it being the i-th of them; on the CPU."""
     joined: dict[str, Any] = {}
-    for name in (field.name for field in fields(Written)):
+    for name in vars(parts[0]):
         values = [getattr(part, name) for part in parts]
         joined[name] = None if values[0] is None else torch.cat([value.cpu() for value in values])[order.argsort()]
-    return Written(**joined)
+    return type(parts[0])(**joined)
