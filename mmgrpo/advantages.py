@@ -120,6 +120,25 @@ def scaled_sum(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advan
     return _advantage(_as_scores(standardize(combined, group, ddof, eps), scores), scores, group)
 
 
+def process(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advantage:
+    """Rewards of the parts of an answer: standardized together over the group, a decision gets the sum of those still to come.
+
+    UnifiedGRPO (arXiv 2603.09538), as DeepSeekMath's process supervision (arXiv 2402.03300, section 4.1.3); that all parts of
+    a group form one pool is RECONSTRUCTED. With one part it is `standardized`. Needs a reward that answers with one number
+    for each part; values are (B, S). Raises ValueError without one.
+    """
+    if feedback.step_rewards is None:
+        raise ValueError(
+            "advantage 'process' needs a reward of parts, (B, J); these all judge whole answers: use 'standardized'"
+        )
+    scores, rewards = _total(feedback), feedback.step_rewards
+    group = feedback.group.repeat_interleave(rewards.shape[1])
+    parts = standardize(rewards.flatten(), group, ddof, eps).view(rewards.shape).nan_to_num(0)
+    left = parts.flip(1).cumsum(1).flip(1)
+    whole = _advantage(standardize(scores, feedback.group, ddof, eps), scores, feedback.group)
+    return whole._replace(values=torch.where(whole.keep.unsqueeze(1), left, 0))
+
+
 def _total(feedback: Feedback) -> Tensor:
     """The weighted sum (B,); raises ValueError naming the reward that is infinite."""
     for name, values in feedback.rewards.items():

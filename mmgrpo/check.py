@@ -7,11 +7,12 @@ import torch
 
 from mmgrpo import diagnostics
 from mmgrpo.data import requests
-from mmgrpo.improve import Measured, accumulate
+from mmgrpo.improve import Given, Measured, accumulate
 from mmgrpo.objectives import clip_width, facts
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
 from mmgrpo.scoring import score
+from mmgrpo.selection import imitated
 from mmgrpo.teaching import learns
 from mmgrpo.types import Batch, Finding, Samples, Trajectory
 
@@ -60,6 +61,7 @@ def examine(run: Run) -> Report:
     trajectory, samples = run.policy.rollout(probe(run))
     findings += [trained_decisions(trajectory), *objective_pulls(run, trajectory), updates_survive(run)]
     findings += rewards_are_sound(run, samples)
+    findings.append(comparison(run, trajectory, samples))
     return Report(tuple(findings))
 
 
@@ -82,7 +84,7 @@ def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
     advantages[1::2] = -1
     weights = run.aggregate(trajectory.mask)
     held = run.reference if run.reference.active else None
-    measured = accumulate(run.policy, trajectory, advantages, weights, run.loss, held)
+    measured = accumulate(run.policy, trajectory, Given(advantages, weights), run.loss, held)
     found = [value.grad for value in run.policy.trainable().values() if value.grad is not None]
     norm = torch.stack([value.norm() for value in found]).norm() if found else torch.zeros(())
     for value in run.policy.trainable().values():
@@ -110,6 +112,18 @@ def sampler_noise(run: Run, trajectory: Trajectory, measured: Measured) -> list[
         return [Finding(True, "sampler", said)]
     wanted = "expected more: widen objective.low and objective.high, or sample in a finer dtype"
     return [Finding(False, "sampler", f"{said}, the objective clips at {width:g}; {wanted}")]
+
+
+def comparison(run: Run, trajectory: Trajectory, samples: Samples) -> Finding:
+    """The advantage finds what it needs in the rewards."""
+    try:
+        advantage = run.compare(score(run.rewards, run.weights, samples, trajectory.mask.shape[1]))
+        imitated(advantage, run.loss.anchor_weight)
+    except ValueError as error:
+        return Finding(False, "advantage", str(error))
+    return Finding(
+        True, "advantage", f"values {tuple(advantage.values.shape)}, {int(advantage.keep.sum())} samples kept"
+    )
 
 
 def updates_survive(run: Run) -> Finding:

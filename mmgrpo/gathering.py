@@ -41,7 +41,8 @@ def gather(run: Run, phases: Stopwatch) -> Gathered:
         with phases.measure("rollout"):
             trajectory, samples = run.policy.rollout(batch)
         with phases.measure("score"):
-            parts.append((trajectory, score(run.rewards, run.weights, samples)))
+            feedback = score(run.rewards, run.weights, samples, trajectory.mask.shape[1])
+            parts.append((trajectory, feedback))
         run.rollouts += 1
         run.samples += len(batch)
     judged = joined_feedback([feedback for _, feedback in parts])

@@ -6,7 +6,8 @@ of one large batch for every split. Axes: B samples, S decisions, b and s those 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from mmgrpo.kl import KL
 from mmgrpo.objectives import Objective, facts, masked, weighted_sum
 from mmgrpo.types import Chunk, Evaluation, Policy, Reference, Trajectory, require_shape, same_shape
 
-CONSTANTS = ("sampler_gap", "step_std", "dt", "mask")  # fields of an evaluation that carry no gradient
+CONSTANTS = ("sampler_gap", "step_std", "dt", "mask", "kind")  # fields of an evaluation that carry no gradient
 
 
 class NonFiniteError(FloatingPointError):
@@ -24,23 +25,49 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Loss:
-    """objective + kl_weight * kl, each a weighted sum over the trained decisions."""
+    """objective + kl_weight * kl + anchor_weight * -log p of what is imitated, each a weighted sum over trained decisions."""
 
     objective: Objective
     kl: KL | None = None
     kl_weight: float = 0.0
+    anchor_weight: float = 0.0  # LightningRL's NLL on correct samples (arXiv 2603.13319)
 
     def whole(self, policy: Policy) -> bool:
         """Whether the objective joins decisions that a chunk of the policy's replay may not hold together."""
         couples = facts(self.objective).couples
         return couples == "batch" or (couples == "sample" and not policy.whole_samples)
 
-    def terms(self, evaluation: Evaluation, advantages: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """The named terms, each a scalar; weights (b, s) hold the reduction, 0 where a decision is not trained."""
-        terms = {"objective": weighted_sum(self.objective(evaluation, advantages), weights)}
+    def terms(self, evaluation: Evaluation, given: "Given") -> dict[str, Tensor]:
+        """The named terms, each a scalar."""
+        terms = {"objective": weighted_sum(self.objective(evaluation, given.advantages), given.weights)}
         if self.kl is not None and self.kl_weight:
-            terms["kl"] = self.kl_weight * weighted_sum(self.kl(evaluation), weights)
+            terms["kl"] = self.kl_weight * weighted_sum(self.kl(evaluation), given.weights)
+        if self.anchor_weight and given.imitate is not None:  # log_ratio stands for log p: the gradient is the same
+            terms["anchor"] = self.anchor_weight * weighted_sum(-evaluation.log_ratio, given.imitate)
         return terms
+
+
+class Given(NamedTuple):
+    """What the loss knows of each decision beside its evaluation; (b, s) each."""
+
+    advantages: Tensor
+    weights: Tensor  # the reduction, 0 where a decision is not trained
+    imitate: Tensor | None = None  # the reduction of the anchor, 0 where a decision is not imitated
+
+    def take(self, rows: Tensor, steps: Tensor) -> "Given":
+        """The decisions of a chunk."""
+        place = rows.unsqueeze(1), steps
+        imitate = None if self.imitate is None else self.imitate[place]
+        return Given(self.advantages[place], self.weights[place], imitate)
+
+    def like(self, like: Tensor) -> "Given":
+        """On the device and in the dtype of `like`."""
+        imitate = None if self.imitate is None else self.imitate.to(like)
+        return Given(self.advantages.to(like), self.weights.to(like), imitate)
+
+    def used(self) -> Tensor:
+        """Which decisions the loss looks at, (b, s) bool."""
+        return self.weights.ne(0) if self.imitate is None else self.weights.ne(0) | self.imitate.ne(0)
 
 
 @dataclass
@@ -62,12 +89,12 @@ class Measured:
             self.slope[chunk.rows.unsqueeze(1), chunk.steps] = slope.float().cpu()
 
 
-def slopes(evaluation: Evaluation, advantages: Tensor, weights: Tensor, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+def slopes(evaluation: Evaluation, given: Given, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its derivative by each field of the evaluation, on detached leaves; raises NonFiniteError."""
-    trained = masked(evaluation, weights.ne(0))  # the others may hold anything, infinities included
+    trained = masked(evaluation, given.used())  # the others may hold anything, infinities included
     leaves = {name: value.detach().requires_grad_(name not in CONSTANTS) for name, value in trained.tensors().items()}
     with torch.enable_grad():
-        terms = loss.terms(Evaluation(**leaves), advantages, weights)
+        terms = loss.terms(Evaluation(**leaves), given)
         total = torch.stack(list(terms.values())).sum()
     for name, term in terms.items():
         require_finite(name, term, trained)
@@ -96,31 +123,28 @@ def push(evaluation: Evaluation, found: Mapping[str, Tensor]) -> None:
 def accumulate(
     policy: Policy,
     trajectory: Trajectory,
-    advantages: Tensor,
-    weights: Tensor,
+    given: Given,
     loss: Loss,
     reference: Reference | None = None,
     fresh: bool = False,
 ) -> Measured:
-    """Add the gradient of the loss over a trajectory to the policy's parameters; advantages and weights are (B, S).
+    """Add the gradient of the loss over a trajectory to the policy's parameters; what is given is (B, S).
 
     `fresh`: today's weights are those that sampled, so every log-ratio is known to be 0 without a forward.
     """
-    same_shape(mask=trajectory.mask, advantages=advantages, weights=weights)
+    same_shape(mask=trajectory.mask, advantages=given.advantages, weights=given.weights)
     held = reference if loss.kl_weight else None
     measured = Measured()
-    whole = whole_slopes(policy, trajectory, advantages, weights, loss, held, fresh) if loss.whole(policy) else None
+    whole = whole_slopes(policy, trajectory, given, loss, held, fresh) if loss.whole(policy) else None
 
     def consume(chunk: Chunk) -> None:
-        rows, steps = chunk.rows.unsqueeze(1), chunk.steps
-        require_shape("log_ratio", chunk.evaluation.log_ratio, len(chunk.rows), len(chunk.steps))
-        kind = chunk.evaluation.log_ratio
+        rows, steps, like = chunk.rows.unsqueeze(1), chunk.steps, chunk.evaluation.log_ratio
+        require_shape("log_ratio", like, len(chunk.rows), len(chunk.steps))
         if whole is None:
-            total, found = slopes(
-                chunk.evaluation, advantages[rows, steps].to(kind), weights[rows, steps].to(kind), loss
-            )
+            kind = trajectory.kind[rows, steps].to(like.device)
+            total, found = slopes(replace(chunk.evaluation, kind=kind), given.take(chunk.rows, steps).like(like), loss)
         else:
-            total, found = torch.zeros(()), {name: slope[rows, steps].to(kind) for name, slope in whole[1].items()}
+            total, found = torch.zeros(()), {name: slope[rows, steps].to(like) for name, slope in whole[1].items()}
         push(chunk.evaluation, found)
         measured.note(trajectory.mask.shape, chunk, total, found.get("log_ratio"))
 
@@ -132,19 +156,18 @@ def accumulate(
 def whole_slopes(
     policy: Policy,
     trajectory: Trajectory,
-    advantages: Tensor,
-    weights: Tensor,
+    given: Given,
     loss: Loss,
     reference: Reference | None,
     fresh: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Slopes over the whole trajectory at once; costs a replay without gradient, except of the log-ratio alone when fresh."""
-    if fresh and reference is None and not facts(loss.objective).needs:
+    if fresh and reference is None and not {*facts(loss.objective).needs} - {"kind"}:
         evaluation = Evaluation(torch.zeros(trajectory.mask.shape))
     else:
         evaluation = evaluate(policy, trajectory, reference)
-    kind = evaluation.log_ratio
-    return slopes(evaluation, advantages.to(kind), weights.to(kind), loss)
+    like = evaluation.log_ratio
+    return slopes(replace(evaluation, kind=trajectory.kind.to(like.device)), given.like(like), loss)
 
 
 @torch.no_grad()

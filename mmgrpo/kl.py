@@ -5,6 +5,7 @@ those on an `Evaluation` are what a recipe's loss.kl names. Axes: B samples, S d
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -76,6 +77,21 @@ def unbiased_k3(evaluation: Evaluation) -> Tensor:
     DeepSeek-V3.2, arXiv 2512.02556.
     """
     return evaluation.log_ratio.exp() * k3(_to_reference(evaluation))
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """A distance for each kind of decision, times its share."""
+
+    parts: Mapping[int, tuple[KL, float]]  # number in mmgrpo.types.KINDS -> distance, share
+
+    def __call__(self, evaluation: Evaluation) -> Tensor:
+        assert evaluation.kind is not None  # `improve.accumulate` sets it
+        found = [
+            share * torch.where(evaluation.kind == number, distance(evaluation), 0)
+            for number, (distance, share) in self.parts.items()
+        ]
+        return torch.stack(found).sum(0)
 
 
 def _to_reference(evaluation: Evaluation) -> Tensor:

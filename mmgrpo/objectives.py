@@ -23,11 +23,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mmgrpo.types import Evaluation, require_shape, same_shape
+from mmgrpo.types import KINDS, Evaluation, require_shape, same_shape
 
 Objective = Callable[[Evaluation, Tensor], Tensor]
 Aggregation = Callable[..., Tensor]
 Level = Literal["decision", "sample", "batch"]  # what an objective must see together
+LEVELS: tuple[Level, ...] = ("decision", "sample", "batch")
 
 
 def masked(evaluation: Evaluation, mask: Tensor) -> Evaluation:
@@ -176,6 +177,29 @@ def in_top_share(evaluation: Evaluation, *, share: float) -> Tensor:
     return (trained & (entropy >= torch.lerp(low, high, place - math.floor(place)))).to(entropy.dtype)
 
 
+@dataclass(frozen=True)
+class ByKind:
+    """An objective for each kind of decision, and its weight."""
+
+    parts: Mapping[int, tuple[Objective, float]]  # number in KINDS -> objective, weight
+
+    def __call__(self, evaluation: Evaluation, advantages: Tensor) -> Tensor:
+        kind, trained = _required(evaluation, "kind"), _trained(evaluation)
+        losses = [
+            weight
+            * torch.where(kind == number, objective(masked(evaluation, trained & (kind == number)), advantages), 0)
+            for number, (objective, weight) in self.parts.items()
+        ]
+        return torch.stack(losses).sum(0)
+
+
+def by_kind(
+    *, step: Objective = clipped, token: Objective = clipped, step_weight: float = 1.0, token_weight: float = 1.0
+) -> ByKind:
+    """Denoising steps and tokens of one trajectory, each with its own objective (clip widths differ by 1e3) and weight."""
+    return ByKind({KINDS["step"]: (step, step_weight), KINDS["token"]: (token, token_weight)})
+
+
 class Facts(NamedTuple):
     """What must be known of an objective before it is computed."""
 
@@ -194,8 +218,12 @@ def facts(objective: Objective) -> Facts:
     """Of an objective as a recipe builds it: options bound with functools.partial, weights around it."""
     if isinstance(objective, Weighted):
         inner = facts(objective.objective)
-        widest = max(inner.couples, objective.couples, key=("decision", "sample", "batch").index)
+        widest = max(inner.couples, objective.couples, key=LEVELS.index)
         return Facts((*inner.needs, *objective.needs), widest)
+    if isinstance(objective, ByKind):
+        found = [facts(part) for part, _ in objective.parts.values()]
+        widest = max((one.couples for one in found), key=LEVELS.index)
+        return Facts(("kind", *(name for one in found for name in one.needs)), widest)
     return FACTS.get(_unbound(objective), Facts())
 
 
@@ -203,6 +231,8 @@ def clip_width(objective: Objective) -> float | None:
     """The smaller distance from 1 at which the objective clips its ratio; None if it does not."""
     if isinstance(objective, Weighted):
         return clip_width(objective.objective)
+    if isinstance(objective, ByKind):
+        return clip_width(objective.parts[KINDS["token"]][0])  # steps are replayed as they were sampled
     options = inspect.signature(objective).parameters
     return min((options[name].default for name in ("low", "high") if name in options), default=None)
 

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, with_config
 
 from mmgrpo.components import build, complete, locate, options_of, typed
 from mmgrpo.toml import RecipeError, Table, join, read, refuse_unknown, write
+from mmgrpo.types import Kind
 
 __all__ = ["Recipe", "RecipeError", "build", "load", "resolved"]
 
@@ -21,6 +22,7 @@ Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Distance = Literal["exact", "flow_grpo", "k2", "k3", "k3_unbiased"]
 section = with_config(extra="forbid")
 
 
@@ -62,7 +64,14 @@ class Loss:
     aggregation: Literal["seq_mean", "token_mean", "constant"] = "seq_mean"  # how (B, S) losses become one number
     length: Count | None = None  # decisions that a sequence is divided by, for "constant"
     kl_weight: NotNegative = 0.0  # of the KL to the reference, in the units of `kl`
-    kl: Literal["exact", "flow_grpo", "k2", "k3", "k3_unbiased"] = "exact"  # mmgrpo/kl.py: closed forms, then estimates
+    kl: Distance = "exact"  # mmgrpo/kl.py: closed forms, then estimates
+    kl_kinds: Mapping[Kind, Distance] = field(default_factory=dict)  # where decisions of a kind have another
+    kl_shares: Mapping[Kind, NotNegative] = field(
+        default_factory=dict
+    )  # what kl_weight is multiplied by; 1 if not named
+    anchor_weight: NotNegative = (
+        0.0  # of -log p, mean over the decisions of the samples that the advantage says to imitate
+    )
 
 
 @section
@@ -248,6 +257,9 @@ def _refuse_contradictions(recipe: Recipe, where: str) -> None:
         "loss.kl_weight": loss.kl_weight > 0
         and reference.kind == "none"
         and f"{loss.kl_weight} arrived; expected reference.kind to say what the KL is measured to",
+        "loss.kl_kinds": loss.kl_weight == 0
+        and bool(loss.kl_kinds or loss.kl_shares)
+        and f"{dict(loss.kl_kinds)} and loss.kl_shares {dict(loss.kl_shares)} arrived with loss.kl_weight 0; expected a weight",
         "reference.kind": loss.kl_weight == 0
         and reference.kind != "none"
         and f"{reference.kind!r} arrived with loss.kl_weight 0; expected 'none', nothing would use it",

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmgrpo import checkpoint, objectives, packing, seeds
+from mmgrpo import checkpoint, kl, objectives, packing, seeds
 from mmgrpo.data import load_prompts
 from mmgrpo.improve import Loss
-from mmgrpo.kl import KINDS
+from mmgrpo.recipe import Loss as LossOptions
 from mmgrpo.recipe import Recipe, build
 from mmgrpo.shadow import Reference, Shadow
-from mmgrpo.types import AdvantageFunction, Policy, Prompt, Reward
+from mmgrpo.types import KINDS, AdvantageFunction, Policy, Prompt, Reward
 
 COUNTERS = ("iteration", "rollouts", "updates", "samples")
 AGGREGATIONS = {"seq_mean": objectives.seq_mean, "token_mean": objectives.token_mean}
@@ -87,7 +87,12 @@ def start(recipe: Recipe) -> Run:
         rewards=built_rewards(recipe, held_out=False),
         watched=built_rewards(recipe, held_out=True),
         compare=build(recipe.advantage, "advantage"),
-        loss=Loss(build(recipe.objective, "objective"), KINDS[recipe.loss.kl], recipe.loss.kl_weight),
+        loss=Loss(
+            build(recipe.objective, "objective"),
+            distance(recipe.loss),
+            recipe.loss.kl_weight,
+            recipe.loss.anchor_weight,
+        ),
         aggregate=aggregation(recipe),
         optimizer=optimizer,
         reference=Reference(reference.kind, trainable, adapters_off=off, **decay),
@@ -99,6 +104,18 @@ def built_rewards(recipe: Recipe, held_out: bool) -> dict[str, Reward]:
     """The rewards by name: those of every sample, or those of the held-out ones alone."""
     chosen = [reward for reward in recipe.rewards if reward.held_out_only == held_out]
     return {reward.name: build(reward.component, f"rewards.{reward.name}") for reward in chosen}
+
+
+def distance(options: LossOptions) -> kl.KL:
+    """The KL of the recipe's loss, per kind of decision if it tells them apart."""
+    if not options.kl_kinds and not options.kl_shares:
+        return kl.KINDS[options.kl]
+    return kl.ByKind(
+        {
+            number: (kl.KINDS[options.kl_kinds.get(kind, options.kl)], options.kl_shares.get(kind, 1.0))
+            for kind, number in KINDS.items()
+        }
+    )
 
 
 def aggregation(recipe: Recipe) -> Callable[..., Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmgrpo.types import same_shape
+from mmgrpo.types import Advantage, same_shape
 
 
 def minibatches(group: Tensor, updates: int) -> list[Tensor]:
@@ -33,3 +33,13 @@ def extremes(advantages: Tensor, group: Tensor, keep: Tensor, share: float) -> T
         half = max(1, round(share * len(rows) / 2))
         chosen[torch.cat([order[:half], order[-half:]])] = True
     return chosen
+
+
+def imitated(advantage: Advantage, weight: float) -> Tensor | None:
+    """Which samples a loss with an anchor of this weight makes likelier as such, (B,) bool; None if it has none."""
+    if not weight:
+        return None
+    if advantage.imitate is None:
+        raise ValueError(f"loss.anchor_weight is {weight}, but the advantage names no samples to imitate; expected 0")
+    same_shape(keep=advantage.keep, imitate=advantage.imitate)
+    return advantage.imitate

@@ -15,12 +15,13 @@ from mmgrpo.check import require_sound
 from mmgrpo.descent import clip_gradient, step
 from mmgrpo.evaluation import look, remember, report
 from mmgrpo.gathering import gather
-from mmgrpo.improve import Measured, NonFiniteError, accumulate
+from mmgrpo.improve import Given, Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
 from mmgrpo.journal import Journal, Stopwatch, peak_memory
+from mmgrpo.objectives import token_mean
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
-from mmgrpo.selection import extremes, minibatches
+from mmgrpo.selection import extremes, imitated, minibatches
 from mmgrpo.teaching import lesson
 from mmgrpo.types import Advantage, Trajectory
 
@@ -114,13 +115,16 @@ def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str,
     values = advantage.values.unsqueeze(1) if advantage.values.dim() == 1 else advantage.values
     values = values.expand(trajectory.mask.shape)
     keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share) & trajectory.mask.any(1)
-    parts = [weighed(run, trajectory, values, keep, rows) for rows in minibatches(trajectory.group, options.updates)]
+    imitate = imitated(advantage, run.loss.anchor_weight)
+    parts = [
+        weighed(run, trajectory, values, keep, imitate, rows) for rows in minibatches(trajectory.group, options.updates)
+    ]
     later = parts if options.passes > 1 else parts[1:]  # evaluated again after the weights have changed
     if later:
         trajectory = run.policy.anchor(trajectory, [part.rows for part in later])
     seen: list[dict[str, float]] = []
     for part in parts * options.passes:
-        seen.append(update(run, trajectory, values, part, fresh=not seen))
+        seen.append(update(run, trajectory, part, fresh=not seen))
     return seen[-1] | {f"{name}/first": value for name, value in seen[0].items()}
 
 
@@ -128,26 +132,33 @@ class Part(NamedTuple):
     """The samples of one update that can move the loss."""
 
     rows: Tensor  # (b,) int64 of the trajectory
-    weights: Tensor  # (b, S) of their decisions in the loss; the denominators count every sample that is kept
+    given: Given  # (b, S) of their decisions; the denominators count every sample that is kept
 
 
-def weighed(run: Run, trajectory: Trajectory, advantages: Tensor, keep: Tensor, rows: Tensor) -> Part:
+def weighed(
+    run: Run, trajectory: Trajectory, advantages: Tensor, keep: Tensor, imitate: Tensor | None, rows: Tensor
+) -> Part:
     """The rows of one update; those that add nothing to its gradient are left out, but not out of its denominators."""
-    weights = run.aggregate(trajectory.mask[rows], keep=keep[rows])
+    mask = trajectory.mask[rows]
+    weights = run.aggregate(mask, keep=keep[rows])
     used = weights.ne(0).any(1)
     if run.recipe.train.drop_zero_advantage and not run.loss.kl_weight:
         used &= advantages[rows].ne(0).any(1)
-    return Part(rows[used], weights[used])
+    if imitate is None:
+        return Part(rows[used], Given(advantages[rows][used], weights[used]))
+    copied = token_mean(mask, keep=imitate[rows])
+    used |= copied.ne(0).any(1)
+    return Part(rows[used], Given(advantages[rows][used], weights[used], copied[used]))
 
 
-def update(run: Run, trajectory: Trajectory, advantages: Tensor, part: Part, fresh: bool) -> dict[str, float]:
+def update(run: Run, trajectory: Trajectory, part: Part, fresh: bool) -> dict[str, float]:
     """One optimizer update from the rows of a part."""
     if len(part.rows) == 0:
         return {"update/samples": 0.0}
     chosen = trajectory.take(part.rows)
     held = run.reference if run.reference.active else None
     try:
-        measured = accumulate(run.policy, chosen, advantages[part.rows], part.weights, run.loss, held, fresh)
+        measured = accumulate(run.policy, chosen, part.given, run.loss, held, fresh)
         norm = clip_gradient(run)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; sample ids {chosen.batch.sample.tolist()[:16]}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -118,7 +118,8 @@ class Samples:
         return replace(self, batch=self.batch.take(rows), **taken)
 
 
-KINDS: Mapping[str, int] = {"step": 0, "token": 1}  # of decisions: a denoising step, a token
+Kind = Literal["step", "token"]  # of a decision: a denoising step, a token
+KINDS: Mapping[Kind, int] = {"step": 0, "token": 1}
 
 
 @dataclass(frozen=True)

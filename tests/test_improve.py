@@ -1,5 +1,6 @@
 """The seam: the parameter gradient is the same for every way of cutting a rollout into chunks."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mmgrpo.data import requests
-from mmgrpo.improve import Loss, NonFiniteError, accumulate, slopes
-from mmgrpo.objectives import clipped, gspo, guarded, reinforce, seq_mean, top_entropy
-from mmgrpo.selection import extremes, minibatches
+from mmgrpo.improve import Given, Loss, NonFiniteError, accumulate, slopes
+from mmgrpo.kl import ByKind, estimated_k2
+from mmgrpo.objectives import by_kind, clipped, gspo, guarded, masked, reinforce, seq_mean, token_mean, top_entropy
+from mmgrpo.selection import extremes, imitated, minibatches
 from mmgrpo.transitions import Gaussian, kl, log_ratio
-from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Trajectory
+from mmgrpo.types import Advantage, Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Trajectory
 
 B, S, D = 6, 4, 5
 
@@ -37,7 +39,7 @@ class GaussianPolicy:
         record = {"state": state, "old": old, "next": old + self.std * draw(), "reference": draw()}
         mask = torch.ones(B, S, dtype=torch.bool)
         mask[1, 2] = mask[4, 0] = False
-        return Trajectory(batch, mask, torch.zeros(B, S, dtype=torch.int64), record)
+        return Trajectory(batch, mask, torch.arange(B * S).view(B, S) % 3 % 2, record)  # kinds alternate unevenly
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
         for rows in torch.arange(len(trajectory)).split(self.rows):
@@ -46,7 +48,9 @@ class GaussianPolicy:
                 new = Gaussian(self.map(part["state"]), self.std)
                 old = Gaussian(part["old"], self.std)
                 shape = (len(rows), len(steps))
-                held = None if reference is None else kl(new, Gaussian(part["reference"], self.std)).view(shape)
+                other = Gaussian(part["reference"], self.std)
+                held = None if reference is None else kl(new, other).view(shape)
+                distance = None if reference is None else log_ratio(part["next"], new, other).view(shape)
                 consume(
                     Chunk(
                         rows,
@@ -54,6 +58,7 @@ class GaussianPolicy:
                         Evaluation(
                             log_ratio(part["next"], new, old).view(shape),
                             kl=held,
+                            to_reference=distance,
                             drift=kl(new, old).view(shape),
                             step_std=torch.full(shape, 0.5, dtype=torch.float64),
                             dt=torch.full(shape, 0.1, dtype=torch.float64),
@@ -83,8 +88,16 @@ LOSSES = {
     "clipped with KL": Loss(partial(clipped, low=0.3, high=0.3), the_kl, 0.1),
     "coupled": Loss(partial(gspo, low=0.5, high=0.5)),
     "coupled with KL": Loss(partial(gspo, low=0.5, high=0.5), the_kl, 0.1),
+    "by kind": Loss(by_kind(step=partial(guarded, low=0.3, high=0.3), token=clipped, token_weight=0.1)),
+    "by kind, coupled": Loss(by_kind(step=partial(gspo, low=0.5, high=0.5), token=clipped, token_weight=0.1)),
+    "KL by kind": Loss(clipped, ByKind({0: (the_kl, 1.0), 1: (estimated_k2, 0.1)}), 0.1),
+    "with an anchor": Loss(clipped, anchor_weight=0.1),
+    "coupled with an anchor": Loss(partial(gspo, low=0.5, high=0.5), anchor_weight=0.1),
     "coupled over the batch": Loss(top_entropy(objective=partial(clipped, low=0.3, high=0.3), share=0.5)),
 }
+
+
+CORRECT = torch.tensor([True, False, False, True, True, False])  # what is imitated where there is an anchor
 
 
 class Held:
@@ -98,8 +111,8 @@ def gradient(loss: Loss, rows: int, steps: int) -> tuple[float, Tensor]:
     policy = GaussianPolicy(rows, steps)
     trajectory = policy.trajectory(batch())
     advantages = torch.randn(B, S, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    weights = seq_mean(trajectory.mask).double()
-    measured = accumulate(policy, trajectory, advantages, weights, loss, Held())
+    given = Given(advantages, seq_mean(trajectory.mask).double(), token_mean(trajectory.mask, keep=CORRECT).double())
+    measured = accumulate(policy, trajectory, given, loss, Held())
     assert policy.map.weight.grad is not None
     return measured.loss, policy.map.weight.grad
 
@@ -136,12 +149,44 @@ def test_the_gradient_is_that_of_plain_autograd():
     assert (ours - policy.map.weight.grad).norm() <= 1e-9 * ours.norm()
 
 
+def test_decisions_of_each_kind_have_their_own_objective_weight_and_distance():
+    evaluation = Evaluation(torch.randn(B, S).mul(0.3), kl=torch.rand(B, S), to_reference=torch.randn(B, S))
+    kind, advantages = torch.arange(B * S).view(B, S) % 2, torch.randn(B, S)
+    told = masked(replace(evaluation, kind=kind), torch.ones(B, S, dtype=torch.bool))
+    losses = by_kind(step=partial(clipped, low=0.01, high=0.01), token=reinforce, token_weight=0.02)(told, advantages)
+    expected = torch.where(
+        kind == 0, clipped(evaluation, advantages, low=0.01, high=0.01), 0.02 * reinforce(evaluation, advantages)
+    )
+    assert torch.equal(losses, expected)
+    distances = ByKind({0: (the_kl, 1.0), 1: (estimated_k2, 0.5)})(told)
+    assert torch.equal(distances, torch.where(kind == 0, the_kl(evaluation), 0.5 * estimated_k2(evaluation)))
+
+
+def test_the_anchor_raises_the_mean_log_prob_of_what_is_imitated_and_of_nothing_else():
+    policy = GaussianPolicy(B, S)
+    trajectory = policy.trajectory(batch())
+    given = Given(torch.zeros(B, S), seq_mean(trajectory.mask), token_mean(trajectory.mask, keep=CORRECT))
+    measured = accumulate(policy, trajectory, given, Loss(reinforce, anchor_weight=0.1))
+    counted = trajectory.mask & CORRECT.unsqueeze(1)
+    torch.testing.assert_close(measured.slope, torch.where(counted, -0.1 / counted.sum(), 0.0), equal_nan=True)
+    nothing = Given(torch.zeros(B, S), seq_mean(trajectory.mask), token_mean(trajectory.mask, keep=~CORRECT & CORRECT))
+    assert accumulate(policy, trajectory, nothing, Loss(reinforce, anchor_weight=0.1)).loss == 0
+
+
+def test_an_anchor_needs_samples_to_imitate():
+    values, keep = torch.zeros(3), torch.ones(3, dtype=torch.bool)
+    assert imitated(Advantage(values, keep, {}, keep), 0.0) is None
+    assert imitated(Advantage(values, keep, {}, keep), 0.1) is keep
+    with pytest.raises(ValueError, match=r"loss\.anchor_weight is 0\.1, but the advantage names no samples"):
+        imitated(Advantage(values, keep), 0.1)
+
+
 def test_a_loss_that_is_not_finite_names_its_term_and_decision():
     policy = GaussianPolicy(B, S)
     trajectory = policy.trajectory(batch())
     trajectory.record["next"][3, 1] = torch.nan
     with pytest.raises(NonFiniteError, match=r"objective term is nan: log_ratio at \(sample, decision\) \[\[3, 1\]\]"):
-        accumulate(policy, trajectory, torch.ones(B, S), seq_mean(trajectory.mask), LOSSES["reinforce"])
+        accumulate(policy, trajectory, Given(torch.ones(B, S), seq_mean(trajectory.mask)), LOSSES["reinforce"])
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("coupled")])
@@ -151,8 +196,9 @@ def test_what_untrained_decisions_hold_reaches_neither_the_loss_nor_its_slopes(n
     found = []
     for garbage in (0.0, torch.inf, torch.nan):
         values = torch.full((2, 3), 0.1).masked_fill(~mask, garbage)
-        evaluation = Evaluation(values, kl=values, drift=values, step_std=values, dt=values)
-        found.append(slopes(evaluation, torch.ones(2, 3), seq_mean(mask), LOSSES[name]))
+        kind = torch.tensor([[0, 1, 1], [1, 0, 0]])
+        evaluation = Evaluation(values, values, None, values, drift=values, step_std=values, dt=values, kind=kind)
+        found.append(slopes(evaluation, Given(torch.ones(2, 3), seq_mean(mask)), LOSSES[name]))
     assert torch.isfinite(found[0][0])
     for total, slope in found:
         assert total == found[0][0]

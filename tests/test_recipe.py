@@ -267,6 +267,7 @@ def test_a_mistake_is_one_line_that_names_the_key(demo: Path, override: str, mes
         (["train.keep_share=0.1"], "train.keep_share"),
         (["train.evaluate_every=5"], "train.evaluate_every"),
         (["loss.kl_weight=0.1"], "loss.kl_weight"),
+        (['loss.kl_kinds={token="k3"}'], "loss.kl_kinds"),
         (["loss.aggregation=constant"], "loss.length"),
         (["loss.length=7"], "loss.length"),
         (["reference.kind=frozen"], "reference.kind"),

@@ -351,7 +351,7 @@ def test_bfloat16_replays_are_exact_and_the_samplers_rounding_is_told(tmp_path):
 
 
 def test_rows_without_advantage_change_neither_the_loss_nor_its_gradient(tmp_path):
-    from mmgrpo.improve import Loss, accumulate
+    from mmgrpo.improve import Given, Loss, accumulate
     from mmgrpo.objectives import seq_mean
 
     prompts = prompts_of(NAMED[SEES], tmp_path)
@@ -364,7 +364,7 @@ def test_rows_without_advantage_change_neither_the_loss_nor_its_gradient(tmp_pat
     weights = seq_mean(trajectory.mask)
     found = []
     for part in (torch.arange(len(trajectory)), rows):
-        measured = accumulate(policy, trajectory.take(part), advantages[part], weights[part], Loss(clipped))
+        measured = accumulate(policy, trajectory.take(part), Given(advantages[part], weights[part]), Loss(clipped))
         found.append((measured.loss, {key: value.grad.clone() for key, value in policy.trainable().items()}))
         for value in policy.trainable().values():
             value.grad = None

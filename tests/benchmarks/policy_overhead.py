@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
-from mmgrpo.improve import Loss, accumulate
+from mmgrpo.improve import Given, Loss, accumulate
 from mmgrpo.objectives import clipped, seq_mean
 from mmgrpo.types import Batch
 from pipelines import arguments
@@ -69,7 +69,7 @@ class Replay:
     def policy(self) -> None:
         self.module.zero_grad()
         weights = seq_mean(self.trajectory.mask)
-        accumulate(self.bench.policy, self.trajectory, advantages(self.trajectory), weights, Loss(clipped))
+        accumulate(self.bench.policy, self.trajectory, Given(advantages(self.trajectory), weights), Loss(clipped))
 
     def denoiser(self) -> None:
         self.module.zero_grad()

@@ -7,7 +7,7 @@ are in memory at once.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mmgrpo.improve import Loss, accumulate
+from mmgrpo.improve import Given, Loss, accumulate
 from mmgrpo.objectives import clipped, seq_mean
 from mmgrpo.types import Trajectory
 
@@ -38,7 +38,7 @@ def replay(bench: Bench, trajectory: Trajectory, steps: int) -> None:
     engine = bench.policy.engine
     engine.options = replace(engine.options, replay_steps=steps)
     engine.pipeline.transformer.zero_grad()
-    accumulate(bench.policy, trajectory, advantages(trajectory), seq_mean(trajectory.mask), Loss(clipped))
+    accumulate(bench.policy, trajectory, Given(advantages(trajectory), seq_mean(trajectory.mask)), Loss(clipped))
 
 
 if __name__ == "__main__":

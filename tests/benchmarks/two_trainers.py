@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mmgrpo import recipe
 from mmgrpo.advantages import standardized
 from mmgrpo.gathering import next_batch
-from mmgrpo.improve import Loss, accumulate
+from mmgrpo.improve import Given, Loss, accumulate
 from mmgrpo.objectives import clipped, seq_mean
 from mmgrpo.run import Run
 from mmgrpo.scoring import score
@@ -149,7 +149,7 @@ def agreement(built: Built, prompts: list[Prompt], asked: Asked, stale: float, f
 def our_slope(run: Run, trajectory: Trajectory, advantages: Tensor) -> Slope:
     """By the trainer's own accumulation."""
     values = advantages.unsqueeze(1).expand(trajectory.mask.shape)
-    found = accumulate(run.policy, trajectory, values, run.aggregate(trajectory.mask), run.loss)
+    found = accumulate(run.policy, trajectory, Given(values, run.aggregate(trajectory.mask)), run.loss)
     reader = run.policy.answers.reader
     prompt = torch.cat([reader.read(prompt).inputs["input_ids"] for prompt in trajectory.batch.prompts])
     return Slope(prompt, advantages, found.loss, taken_gradient(run.policy.model))

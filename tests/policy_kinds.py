@@ -1,0 +1,72 @@
+"""One tiny policy of every kind, by name, and how to make it evaluate in smaller chunks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tiny_vlms.policy as language
+from sounds import RATE, recordings, tiny
+from tiny_pipelines.policy import NAMED
+from tiny_pipelines.policy import policy_of as pipeline_policy
+
+from mmgrpo.schedules import all_but_last
+from mmgrpo.transitions import ddim, flow_sde
+from mmgrpo.types import Prompt
+from pipelines.answers import Options as AnswerOptions
+from pipelines.decisions import from_levels
+from pipelines.recordings import Mixing
+from pipelines.speech import SpeechPolicy
+from pipelines.speech_steps import Options as SpeechOptions
+
+Made = tuple[Any, list[Prompt]]
+
+
+@dataclass(frozen=True)
+class PolicyKind:
+    """A row of the table."""
+
+    name: str
+    make: Callable[[Path], Made]  # folder for media -> the prepared policy, its prompts
+    finer: Callable[[Any], None]  # evaluates less at a time from now on
+
+
+def pipeline(row: str, kernel: Any, folder: Path) -> Made:
+    return pipeline_policy(NAMED[row], folder, kernel=kernel, replay_rows=6, rows=6)
+
+
+def fewer_rows(policy: Any) -> None:
+    policy.engine.options = replace(policy.engine.options, replay_rows=2)
+
+
+def answers(row: str, folder: Path) -> Made:
+    policy, prompts = language.policy_of(row), language.prompts_of(language.NAMED[row], folder)[:2]
+    policy.prepare(prompts)
+    return policy, prompts
+
+
+def fewer_tokens(policy: Any) -> None:
+    policy.answers.options = replace(policy.answers.options, replay_tokens=AnswerOptions().replay_tokens // 10_000)
+
+
+def speech(folder: Path) -> Made:
+    prompts = recordings(folder)[:2]
+    mixing = Mixing(RATE, noise=folder / "noise", snr=(0, 5))
+    policy = SpeechPolicy(tiny("band gains"), SpeechOptions(steps=4, sampler=flow_sde), all_but_last, mixing)
+    policy.prepare(prompts)
+    return policy, prompts
+
+
+def fewer_recordings(policy: Any) -> None:
+    policy.steps = replace(policy.steps, options=replace(policy.options, replay_rows=1))
+
+
+KINDS = (
+    PolicyKind("image flow", partial(pipeline, "StableDiffusion3", from_levels(flow_sde)), fewer_rows),
+    PolicyKind("image diffusion", partial(pipeline, "StableDiffusion", from_levels(ddim)), fewer_rows),
+    PolicyKind("video flow", partial(pipeline, "Wan", from_levels(flow_sde)), fewer_rows),
+    PolicyKind("speech", speech, fewer_recordings),
+    PolicyKind("pictures and text", partial(answers, "Qwen2_5_VLForConditionalGeneration"), fewer_tokens),
+    PolicyKind("text", partial(answers, "Qwen3ForCausalLM"), fewer_tokens),
+)
