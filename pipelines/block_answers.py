@@ -246,10 +246,10 @@ def places(canvas: Canvas, copies: Copies) -> tuple[Tensor, Tensor]:
 
 
 def noises(batch: Batch, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Of each example the share of each block that is masked, (b, C) in (0, 1), and what decides, (b, C, w) in [0, 1)."""
+    """Of each example the share of each block that is masked, (b, C) in [LEAST, 1], and what decides, (b, C, w) in [0, 1)."""
     drawn = []
     for sample in batch.sample.tolist():
         seed = seeds.derive(batch.seed, "lesson", batch.iteration, sample)
         drawn.append(torch.rand(count, size + 1, generator=torch.Generator().manual_seed(seed)))
     both = torch.stack(drawn)
-    return 1 - both[:, :, 0].clamp(max=1 - LEAST), both[:, :, 1:]
+    return (1 - both[:, :, 0]).clamp(min=LEAST), both[:, :, 1:]

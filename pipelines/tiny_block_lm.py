@@ -1,50 +1,59 @@
-"""Numbers to be written as sums, and the tiny Qwen3 that fills in the blocks; it knows nothing of reinforcement learning.
+"""Letters to be written in any order, and the tiny Qwen3 that fills in the blocks; it knows nothing of reinforcement learning.
 
-"sum 579=" asks for two numbers of three digits that add up to it, such as "123+456". There are hundreds of right answers: which
-digit is right at one place depends on the digits at the others, so digits that are drawn together must agree without having seen
-each other. A prompt is one block of 8 tokens, an answer with its end another.
+"kfbaomd=" asks for these seven letters, each once, in whatever order. Half of the texts that the model learns from keep the order,
+half are shuffled: which letter is likely at one place depends on those at the others, so letters that are drawn together may
+repeat or be missing. A prompt is two blocks of 4 tokens, an answer with its end two more.
 """
 
 import json
 import random
+from collections.abc import Iterator
+from itertools import count as integers
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-BLOCK = 8  # tokens
-LOW, HIGH = 100, 999  # of the numbers that are added, and of their sum
-SPLITS = {"train": 500, "validation": 100, "held_out": 199}  # sums of each; a sum is in one of them alone
+from mmgrpo.seeds import derive
+
+BLOCK, LETTERS = 4, 7  # tokens of a block, letters of a prompt
+ALPHABET = "abcdefghijklmnopqrst"
+KEPT = 0.5  # share of the texts that keep the order
+SPLITS = ("train", "validation", "held_out")  # sets of letters, whatever their order, are in one of them alone
 PAD, END, MASK, UNKNOWN = "<|pad|>", "<|end|>", "<|mask|>", "<|unknown|>"
-CHARACTERS = "0123456789+= sum"
-NUMBERS = {word: number for number, word in enumerate((PAD, END, MASK, UNKNOWN, *dict.fromkeys(CHARACTERS)))}
+NUMBERS = {word: number for number, word in enumerate((PAD, END, MASK, UNKNOWN, *ALPHABET, "="))}
 
 
-def sums(split: str) -> list[int]:
-    """The sums of a split, in the same random order each time; raises ValueError for another name."""
+def split_of(letters: str) -> str:
+    """The split of a prompt, decided by its set of letters alone: a tenth each is for validation and held out."""
+    tenth = derive("tiny_block_lm", "".join(sorted(letters))) % 10
+    return {0: "held_out", 1: "validation"}.get(tenth, "train")
+
+
+def prompts(split: str, seed: int) -> Iterator[str]:
+    """Endless letters of a split in random order; raises ValueError for another name."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
-    every = list(range(2 * LOW, HIGH + 1))
-    random.Random(0).shuffle(every)
-    start = sum(count for name, count in SPLITS.items() if list(SPLITS).index(name) < list(SPLITS).index(split))
-    return every[start : start + SPLITS[split]]
+    for number in integers():
+        letters = "".join(random.Random(derive("tiny_block_lm", split, seed, number)).sample(ALPHABET, LETTERS))
+        if split_of(letters) == split:
+            yield letters
 
 
-def asked(total: int) -> str:
-    """The prompt."""
-    return f"sum {total}="
+def answer(letters: str, chance: random.Random) -> str:
+    """A text to learn from: the letters as they are, or shuffled."""
+    return letters if chance.random() < KEPT else "".join(chance.sample(letters, len(letters)))
 
 
-def answer(total: int, chance: random.Random) -> str:
-    """One of the right answers, all of them equally likely."""
-    first = chance.randint(LOW, total - LOW)
-    return f"{first}+{total - first}"
-
-
-def write_prompts(path: Path, split: str) -> Path:
-    """A JSONL file of a split's prompts with the column `total`; -> the file."""
-    rows = [{"prompt": asked(total), "total": total} for total in sums(split)]
+def write_prompts(path: Path, split: str, count: int, seed: int = 0) -> Path:
+    """A JSONL file with the columns `prompt`, `letters` (the target of the reward) and `text`, one to learn from; -> the file."""
+    chance = random.Random(derive("tiny_block_lm", "answers", split, seed))
+    rows = [
+        {"prompt": f"{letters}=", "letters": letters, "text": answer(letters, chance)}
+        for letters in islice(prompts(split, seed), count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

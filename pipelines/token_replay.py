@@ -34,6 +34,7 @@ def anchored(texts: Reads, trajectory: Trajectory, parts: Sequence[Tensor]) -> T
         taken = trajectory.take(part)
         for rows in texts.batches(taken):
             found = texts.read(taken.take(rows)).log_prob.cpu()
+            anchor = anchor.to(torch.promote_types(anchor.dtype, found.dtype))
             anchor[part[rows].unsqueeze(1), torch.arange(found.shape[1])] = found
     return replace(trajectory, record={**trajectory.record, "anchor": anchor})
 
