@@ -13,7 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mmgrpo.types import KINDS, Batch, Consumer, Finding, Lesson, Prompt, Reference, Samples, Trajectory
 from pipelines import block_check, token_replay, weights
@@ -24,6 +31,7 @@ from pipelines.conversation import Reader, Reading
 from pipelines.sampling import Sampling
 from pipelines.vlm import LINEAR, Precision
 
+OWN_CODE = ("model_type", "architectures", "auto_map", "attn_implementation", "transformers_version")  # of a configuration
 ATTENTION = ("sdpa", "eager")  # implementations that take an additive mask of four dimensions
 
 
@@ -126,6 +134,15 @@ def token_of_masks(tokenizer: PreTrainedTokenizerBase, named: str | None, vocabu
     return int(found)
 
 
+def config_of(model: str, revision: str | None, architecture: str | None) -> PreTrainedConfig:
+    """The model's configuration; with an architecture, as that of transformers in the place of the model's own code."""
+    if architecture is None:
+        return AutoConfig.from_pretrained(model, revision=revision)
+    written, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    kept = {key: value for key, value in written.items() if key not in OWN_CODE}
+    return AutoConfig.for_model(architecture, **kept)
+
+
 def load(
     *,
     model: str,
@@ -137,6 +154,7 @@ def load(
     likelihood: Likelihood = "block",
     likelihood_size: int | None = None,
     mask_token: str | None = None,
+    architecture: str | None = None,
     revision: str | None = None,
     dtype: Precision = "bfloat16",
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -155,7 +173,8 @@ def load(
     model: folder or hub name. block_size: tokens that are filled in together; steps: forwards for a block at most (block_size
     without it); threshold: tokens of a higher probability are decided at once. likelihood: "block" or "order", see
     `BlockAnswers.scored`; likelihood_size: of the blocks of "block" (block_size without it). mask_token: as the tokenizer writes
-    it (its own without it). dtype: of the weights; autocast: of the computation. chat, system, template: the chat template, a
+    it (its own without it). architecture: of transformers, such as "qwen3", for weights of that form that come with code of their
+    own, which is not run (SDAR). dtype: of the weights; autocast: of the computation. chat, system, template: the chat template, a
     message before each prompt's own, further arguments of the template. lora: rank, alpha and targets of adapters; without it
     the model is trained whole. rollout_tokens, replay_tokens: of prompts, answers and masked copies computed at once.
     """
@@ -167,8 +186,10 @@ def load(
     unmasking = Unmasking(block_size, block_size if steps is None else steps, threshold)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = getattr(torch, dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, attn_implementation=attention)
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    config = config_of(model, revision, architecture)
+    found: dict[str, Any] = {"revision": revision, "config": config}
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=kind, attn_implementation=attention, **found)
+    tokenizer = AutoTokenizer.from_pretrained(model, **found)
     computed = None if autocast is None else getattr(torch, autocast)
     options = Options(rollout_tokens, replay_tokens, gradient_checkpointing, computed)
     reader = Reader(tokenizer, loaded, Reading(chat, system, template or {}))

@@ -13,7 +13,7 @@ def tokens_per_forward(samples: Samples) -> Tensor:
     """Tokens of each text, its end included, over the forwards that it took; (B,), 0 or more, 0 without any forward.
 
     Source: TPF of LightningRL (arXiv 2603.13319), which counts a text's forwards as this project's block policies do: those
-    that decided tokens.
+    that decided tokens. Below 1 it can be where tokens behind the end were decided before the end was.
     """
     if samples.forwards is None:
         raise ValueError("the samples do not say how many forwards they took; expected forwards of shape (B,)")
