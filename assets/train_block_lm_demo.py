@@ -68,12 +68,17 @@ def main() -> None:
         }  # fmt: skip
         given = [f"{key}={json.dumps(value)}" for key, value in lessons.items()]
         recipe = Path(demo_block_lm.__file__).parent / "recipes" / "demo_block_lm.toml"
-        run = begin(start(load(recipe, [f"seed={options.seed}", "optimizer.betas=[0.9, 0.98]", *given])), scratch / "run")
+        run = begin(
+            start(load(recipe, [f"seed={options.seed}", "optimizer.betas=[0.9, 0.98]", *given])), scratch / "run"
+        )
         print(f"{options.steps} steps of {BATCH} texts: {time.process_time():.0f} s of a core")
         run.policy.model.to(torch.bfloat16)
         run.policy.save(options.folder)
     places = [f"policy.model={json.dumps(str(options.folder))}"]
-    places += [f"{key}={json.dumps(str(options.folder / 'validation.jsonl'))}" for key in ("prompts.source", "evaluation.source")]
+    places += [
+        f"{key}={json.dumps(str(options.folder / 'validation.jsonl'))}"
+        for key in ("prompts.source", "evaluation.source")
+    ]
     shipped = start(load(recipe, places))
     print(sum(weight.numel() for weight in shipped.policy.trainable().values()), "parameters")
     print("validation:", demo_block_lm.measured(shipped)._replace(texts=()))

@@ -98,7 +98,9 @@ def _speed(pace: Tensor, group: Tensor, form: Speed) -> Tensor:
         case "minmax":
             least = group_least(pace, group)
             span = group_most(pace, group) - least
-            return torch.where(span > 0, (pace - least) / torch.where(span > 0, span, 1), torch.where(pace.isnan(), torch.nan, 0.5))
+            return torch.where(
+                span > 0, (pace - least) / torch.where(span > 0, span, 1), torch.where(pace.isnan(), torch.nan, 0.5)
+            )
         case "none":
             return pace
         case _:

@@ -96,7 +96,9 @@ class Filler:
         sampled = torch.zeros(masked.shape, device=found.device).masked_scatter(masked, found)
         chosen = self.unmasking.chosen(torch.where(masked, sampled.exp(), 0), masked, step)
         self.forwards[rows] += 1
-        self.canvas.token[at] = torch.where(chosen, self.canvas.token[at].masked_scatter(masked, token), self.canvas.token[at])
+        self.canvas.token[at] = torch.where(
+            chosen, self.canvas.token[at].masked_scatter(masked, token), self.canvas.token[at]
+        )
         self.log_prob[at] = torch.where(chosen, sampled, self.log_prob[at])
         self.step[at] = torch.where(chosen, self.forwards[rows].unsqueeze(1), self.step[at])
         self.masked[at] = masked & ~chosen

@@ -31,7 +31,13 @@ from pipelines.conversation import Reader, Reading
 from pipelines.sampling import Sampling
 from pipelines.vlm import LINEAR, Precision
 
-OWN_CODE = ("model_type", "architectures", "auto_map", "attn_implementation", "transformers_version")  # of a configuration
+OWN_CODE = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "attn_implementation",
+    "transformers_version",
+)  # of a configuration
 ATTENTION = ("sdpa", "eager")  # implementations that take an additive mask of four dimensions
 
 
@@ -179,7 +185,9 @@ def load(
     the model is trained whole. rollout_tokens, replay_tokens: of prompts, answers and masked copies computed at once.
     """
     if attention not in ATTENTION:
-        raise ValueError(f"policy.attention is {attention!r}; expected {' or '.join(ATTENTION)}, which take masks of blocks")
+        raise ValueError(
+            f"policy.attention is {attention!r}; expected {' or '.join(ATTENTION)}, which take masks of blocks"
+        )
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")
     sampling = Sampling(max_new_tokens, temperature)

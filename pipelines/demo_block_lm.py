@@ -21,7 +21,7 @@ from pipelines import assets, demos, pictures
 from pipelines.block_lm import BlockPolicy
 from pipelines.demos import points
 
-THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)  # of the curve; the recipe's own is among them
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the curve; the recipe's own is among them
 SAMPLED = 4  # answers to each held-out prompt
 ALONE = ("rewards.speed.weight=0", "advantage.least_range=0")  # the second run: accuracy is what is compared
 SHOWN = 4  # prompts whose answers are printed
@@ -60,7 +60,9 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     draw_curve(folder)
     demos.conclude(
         folder,
-        numbers(found) | seconds(took) | {"seed": seed, "iterations": training.iteration, "prompts": len(training.held_out)},
+        numbers(found)
+        | seconds(took)
+        | {"seed": seed, "iterations": training.iteration, "prompts": len(training.held_out)},
         {"accuracy and parallelism": "parallelism.png", "curve": "curve.png"},
     )
     print(told(training, found))

@@ -212,7 +212,9 @@ def test_the_gradient_is_true_and_that_of_any_split(likelihood, checkpointing):
     policy.blocks.answers.options = Options(replay_tokens=60)
     assert len(policy.blocks.batches(trajectory)) > 2
     parts = replays.gradient(policy, trajectory)
-    assert replays.norm({name: parts[name] - slope[name] for name in slope}) < 1e-6 * replays.norm(slope)  # the library normalises in float32
+    assert replays.norm({name: parts[name] - slope[name] for name in slope}) < 1e-6 * replays.norm(
+        slope
+    )  # the library normalises in float32
 
 
 def test_adapters_alone_are_trained_and_can_be_switched_off():
@@ -263,7 +265,9 @@ def test_a_target_that_cannot_be_taught_is_named():
     policy = policy_of()
     with pytest.raises(ValueError, match="prompt 7 has the target 3; expected the text of an answer"):
         losses(policy, batch_of([Prompt(7, "1", target=3)]))
-    with pytest.raises(ValueError, match="the target of prompt 7 has 11 tokens; expected fewer than policy.max_new_tokens, 11"):
+    with pytest.raises(
+        ValueError, match="the target of prompt 7 has 11 tokens; expected fewer than policy.max_new_tokens, 11"
+    ):
         losses(policy, batch_of([Prompt(7, "1", target="a" * 11)]))
 
 
@@ -282,7 +286,9 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_a_model_that_looks_back_over_a_window_is_refused():
-    config = Qwen3Config(**MODELS["Qwen3"]().config.to_dict() | {"layer_types": ["full_attention", "sliding_attention"]})
+    config = Qwen3Config(
+        **MODELS["Qwen3"]().config.to_dict() | {"layer_types": ["full_attention", "sliding_attention"]}
+    )
     with pytest.raises(ValueError, match="has layers of sliding_attention; expected full_attention alone"):
         require_whole_attention(Qwen3ForCausalLM(config))
 
@@ -296,7 +302,9 @@ def test_the_mask_token_is_the_tokenizers_own_or_the_one_that_is_named():
 def test_what_is_saved_loads_as_the_same_policy(tmp_path):
     policy = policy_of()
     policy.save(tmp_path)
-    again = load(model=str(tmp_path), max_new_tokens=11, block_size=4, threshold=0.3, dtype="float32", device="cpu", chat=False)
+    again = load(
+        model=str(tmp_path), max_new_tokens=11, block_size=4, threshold=0.3, dtype="float32", device="cpu", chat=False
+    )
     again.prepare(PROMPTS)
     assert again.rollout(batch_of())[1].text == policy.rollout(batch_of())[1].text
     with pytest.raises(ValueError, match="policy.attention is 'flash_attention_2'; expected sdpa or eager"):

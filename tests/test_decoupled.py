@@ -30,7 +30,9 @@ def test_the_worked_example():
     close(found.values, [0.953639, 0.069949, 0.371895, -1.395483])
     assert found.keep.all() and found.imitate is not None and found.imitate.tolist() == [True, True, False, False]
     close(lightning(feedback(CORRECT, SPEED), compared="group").values, [0.953639, 0.069949, 0.371895, -1.395483])
-    close(lightning(feedback(CORRECT, SPEED), compared="group_centred").values, [1.301511, 0.095466, 0.507557, -1.904534])
+    close(
+        lightning(feedback(CORRECT, SPEED), compared="group_centred").values, [1.301511, 0.095466, 0.507557, -1.904534]
+    )
 
 
 def test_added_first_the_fast_wrong_answer_would_be_the_best():
@@ -40,10 +42,14 @@ def test_added_first_the_fast_wrong_answer_would_be_the_best():
 
 
 def test_samples_are_compared_over_the_batch_and_only_those_that_are_kept():
-    both = lightning(feedback(CORRECT + [0, 0, 0, 0], SPEED + [1, 2, 3, 4], [5] * 4 + [3] * 4))  # the second has none correct
+    both = lightning(
+        feedback(CORRECT + [0, 0, 0, 0], SPEED + [1, 2, 3, 4], [5] * 4 + [3] * 4)
+    )  # the second has none correct
     close(both.values, [0.953639, 0.069949, 0.371895, -1.395483, 0, 0, 0, 0])
     assert both.keep.tolist() == [True] * 4 + [False] * 4 and both.metrics["unsolved"] == 0.5
-    score = torch.tensor([1.301511, 0.095466, 0.507557, -1.904534, 1.0, -1.0], dtype=torch.float64)  # all right, not equally fast
+    score = torch.tensor(
+        [1.301511, 0.095466, 0.507557, -1.904534, 1.0, -1.0], dtype=torch.float64
+    )  # all right, not equally fast
     found = lightning(feedback(CORRECT + [1, 1], SPEED + [3, 1], [0] * 4 + [1] * 2))
     close(found.values, ((score - score.mean()) / score.std()).tolist())
 
@@ -67,14 +73,18 @@ def test_prompts_that_teach_nothing_are_left_out(correct, speed, kept):
 
 def test_either_reward_may_be_scaled_and_weighed():
     once = lightning(feedback(CORRECT, SPEED)).values
-    torch.testing.assert_close(lightning(feedback([7 * value for value in CORRECT], [3 * value for value in SPEED])).values, once)
+    torch.testing.assert_close(
+        lightning(feedback([7 * value for value in CORRECT], [3 * value for value in SPEED])).values, once
+    )
     found = lightning(feedback(CORRECT, SPEED, weights=(1.0, 0.5)), compared="group_centred").values
     close(found, [1.150756, 0.547733, -0.246222, -1.452267])
 
 
 def test_without_speed_it_is_the_z_score_of_accuracy():
     found = lightning(feedback([1, 0, 0, 0], [2.0] * 4), least_range=0.0)
-    close(found.values, z_score(torch.tensor([1.0, 0, 0, 0]), torch.zeros(4, dtype=torch.int64)).mul(0.75**0.5).tolist())
+    close(
+        found.values, z_score(torch.tensor([1.0, 0, 0, 0]), torch.zeros(4, dtype=torch.int64)).mul(0.75**0.5).tolist()
+    )
     assert found.keep.all()
 
 
@@ -103,7 +113,11 @@ def test_no_opinion_enters_no_statistic():
 
 def test_order_does_not_matter():
     drawn = torch.Generator().manual_seed(0)
-    given = feedback((torch.rand(12, generator=drawn) > 0.5).float().tolist(), torch.rand(12, generator=drawn).tolist(), [0, 1, 2] * 4)
+    given = feedback(
+        (torch.rand(12, generator=drawn) > 0.5).float().tolist(),
+        torch.rand(12, generator=drawn).tolist(),
+        [0, 1, 2] * 4,
+    )
     order = torch.randperm(12, generator=drawn)
     moved = Feedback({name: values[order] for name, values in given.rewards.items()}, given.weights, given.group[order])
     torch.testing.assert_close(lightning(moved).values, lightning(given).values[order])

@@ -42,7 +42,9 @@ def test_the_shipped_recipe_passes_its_check_trains_and_saves_what_its_library_l
              "train.iterations=2", "optimizer.warmup=0", "optimizer.learning_rate=1e-4"]  # fmt: skip
     spread = "rewards.accuracy.reward={build='rewards.length:repetition_penalty', size=1, unit='character'}"
     places = [f"policy.model='{model}'", f"prompts.source='{tmp_path / 'prompts.jsonl'}'"]
-    run = start(recipe.load(FOLDER / "block_lm_sdar_8b.toml", [*places, *sizes, spread, "advantage.imitated='positive'"]))
+    run = start(
+        recipe.load(FOLDER / "block_lm_sdar_8b.toml", [*places, *sizes, spread, "advantage.imitated='positive'"])
+    )
     begin(run, folder)
     checked = (folder / "check.txt").read_text(encoding="utf-8").splitlines()
     assert [line for line in checked if not line.startswith("ok")] == []
@@ -56,9 +58,16 @@ def test_the_shipped_recipe_passes_its_check_trains_and_saves_what_its_library_l
 def test_its_rewards_give_answers_what_they_earn():
     made = recipe.load(FOLDER / "block_lm_sdar_8b.toml")
     rewards = {reward.name: recipe.build(reward.component, reward.name) for reward in made.rewards}
-    texts = (r"Half of 36 is 18. So it is \boxed{18}.", r"It is \boxed{17}.", r"It is \boxed{18}." + " Indeed." * 3000, "18")
+    texts = (
+        r"Half of 36 is 18. So it is \boxed{18}.",
+        r"It is \boxed{17}.",
+        r"It is \boxed{18}." + " Indeed." * 3000,
+        "18",
+    )
     asked = requests([Prompt(0, "How much?", target="18")], [0], group_size=4, seed=0, iteration=0)
     length, forwards = torch.tensor([20, 8, 8187, 1]), torch.tensor([5, 8, 100, 0])
-    found = score(rewards, dict.fromkeys(rewards, 1.0), Samples(asked, text=texts, length=length, forwards=forwards)).rewards
+    found = score(
+        rewards, dict.fromkeys(rewards, 1.0), Samples(asked, text=texts, length=length, forwards=forwards)
+    ).rewards
     assert found["accuracy"].tolist() == [1, 0, 0, 1]
     assert found["speed"].tolist() == pytest.approx([4, 1, 81.87, 0])

@@ -68,7 +68,9 @@ def policy_of(
     """A prepared policy; equal arguments give equal weights."""
     torch.manual_seed(0)
     model = MODELS[name]().to(dtype)
-    answers = Answers(model, Reader(tokenizer(), model, Reading(chat=False)), Sampling(most, temperature), options or Options())
+    answers = Answers(
+        model, Reader(tokenizer(), model, Reading(chat=False)), Sampling(most, temperature), options or Options()
+    )
     unmasking = Unmasking(size, size if steps is None else steps, threshold)
     policy = BlockPolicy(BlockAnswers(answers, MASK, unmasking, likelihood, likelihood_size or size), lora=lora)
     policy.prepare(PROMPTS)
