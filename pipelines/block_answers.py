@@ -16,7 +16,7 @@ from mmgrpo import seeds
 from mmgrpo.types import Batch, Lesson, Prompt, Trajectory
 from pipelines import blocks, token_probabilities
 from pipelines.answers import Answers, in_order, shared_prompts
-from pipelines.block_decoding import Filled, Filler, Reading, Unmasking, fill
+from pipelines.block_decoding import Decoding, Filled, Filler, Unmasking, fill
 from pipelines.blocks import Canvas, Known, Slots, beside
 from pipelines.token_batches import batches, families
 from pipelines.token_probabilities import Scores
@@ -56,7 +56,7 @@ class BlockAnswers:
 
     @property
     def most(self) -> int:
-        """S"""
+        """S, tokens of an answer at most."""
         return self.answers.sampling.max_new_tokens
 
     @property
@@ -88,7 +88,7 @@ class BlockAnswers:
         with torch.no_grad(), answers.precision():
             known = self._known(batch, prompts, self.unmasking.size)
             rows = torch.arange(len(batch), device=self.model.device)
-            fill(Reading(self.model, answers.logits, self.dtype, known, rows), filler)
+            fill(Decoding(self.model, answers.logits, self.dtype, known, rows), filler)
         return filler.filled(self.most)
 
     def _known(self, batch: Batch, prompts: Sequence[Tensor], size: int) -> Known:

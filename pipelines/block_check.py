@@ -41,7 +41,7 @@ def limit(policy: "BlockPolicy") -> float:
 
 @torch.no_grad()
 def later_blocks(policy: "BlockPolicy", part: Trajectory) -> Finding:
-    """What a block's tokens are changes the log-prob of no other token of it, nor of a block before: the masks hold."""
+    """Other tokens in the last block change the log-prob of no token before it: the model keeps to the masks."""
     blocks, size = policy.blocks, policy.blocks.likelihood_size
     lengths = torch.tensor([len(blocks.tokens(prompt)) for prompt in part.batch.prompts])
     steps = torch.arange(part.mask.shape[1])

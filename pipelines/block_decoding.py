@@ -126,7 +126,7 @@ class Filler:
 
 
 @dataclass
-class Reading:
+class Decoding:
     """The model, and rows of a canvas that it reads block by block."""
 
     model: PreTrainedModel
@@ -135,7 +135,7 @@ class Reading:
     known: Known  # the text before the block
     rows: Tensor  # (b,) int64 of the canvas, that `known` holds
 
-    def only(self, kept: Tensor, room: int) -> "Reading":
+    def only(self, kept: Tensor, room: int) -> "Decoding":
         """The rows at the given places, (m,) int64."""
         return replace(self, known=with_room(self.known, kept, room), rows=self.rows[kept])
 
@@ -150,33 +150,33 @@ class Reading:
 
 
 @torch.no_grad()
-def fill(reading: Reading, filler: Filler) -> None:
+def fill(decoding: Decoding, filler: Filler) -> None:
     """Fill every row's answer; what is known at first are the whole blocks of the prompts.
 
     A filled block is read in once more, clean, by the forward that begins the next one: there are no other forwards.
     """
     size = filler.canvas.size
     for number in range(filler.canvas.token.shape[1] // size):
-        columns = torch.arange(number * size, (number + 1) * size, device=reading.rows.device)
-        alive = filler.going(reading.rows, columns)
+        columns = torch.arange(number * size, (number + 1) * size, device=decoding.rows.device)
+        alive = filler.going(decoding.rows, columns)
         if not alive.any():
             return
-        reading = reading.only(alive.nonzero().flatten(), 2 * size)
-        fill_block(reading, filler, columns - size if number else columns[:0], columns, number)
+        decoding = decoding.only(alive.nonzero().flatten(), 2 * size)
+        fill_block(decoding, filler, columns - size if number else columns[:0], columns, number)
 
 
-def fill_block(reading: Reading, filler: Filler, before: Tensor, columns: Tensor, number: int) -> None:
-    """Fill one block of every row of a reading; rows whose block is full leave the batch once half have."""
-    uniform = filler.uniforms(number, reading.rows).to(columns.device)  # (b, steps, w)
-    going = torch.ones_like(reading.rows, dtype=torch.bool)
+def fill_block(decoding: Decoding, filler: Filler, before: Tensor, columns: Tensor, number: int) -> None:
+    """Fill one block of every row of it; rows whose block is full leave the batch once half have."""
+    uniform = filler.uniforms(number, decoding.rows).to(columns.device)  # (b, steps, w)
+    going = torch.ones_like(decoding.rows, dtype=torch.bool)
     for step in range(filler.unmasking.steps):
-        hidden, before = reading.masked(filler.canvas, before, columns)[going], before[:0]
-        rows = reading.rows[going]
+        hidden, before = decoding.masked(filler.canvas, before, columns)[going], before[:0]
+        rows = decoding.rows[going]
         open_slots = filler.masked[rows][:, columns]
-        filler.decide(rows, columns, reading.logits(hidden[open_slots]), uniform[going, step], step)
-        going = filler.going(reading.rows, columns)
+        filler.decide(rows, columns, decoding.logits(hidden[open_slots]), uniform[going, step], step)
+        going = filler.going(decoding.rows, columns)
         if not going.any():
             return
         if 2 * int(going.sum()) <= len(going):
             kept = going.nonzero().flatten()
-            reading, uniform, going = reading.only(kept, len(columns)), uniform[kept], going[kept]
+            decoding, uniform, going = decoding.only(kept, len(columns)), uniform[kept], going[kept]

@@ -1,8 +1,8 @@
 """Letters to be written in any order, and the tiny Qwen3 that fills in the blocks; it knows nothing of reinforcement learning.
 
 "kfbaomd=" asks for these seven letters, each once, in whatever order. Half of the texts that the model learns from keep the order,
-half are shuffled: which letter is likely at one place depends on those at the others, so letters that are drawn together may
-repeat or be missing. A prompt is two blocks of 4 tokens, an answer with its end two more.
+in the others each pair of neighbours may be swapped: which letter is likely at one place depends on its neighbour, so letters that
+are drawn together may repeat or be missing. A prompt is two blocks of 4 tokens, an answer with its end two more.
 """
 
 import json
@@ -43,8 +43,11 @@ def prompts(split: str, seed: int) -> Iterator[str]:
 
 
 def answer(letters: str, chance: random.Random) -> str:
-    """A text to learn from: the letters as they are, or shuffled."""
-    return letters if chance.random() < KEPT else "".join(chance.sample(letters, len(letters)))
+    """A text to learn from: the letters as they are, or each pair of neighbours (first and second, ...) swapped by a toss-up."""
+    if chance.random() < KEPT:
+        return letters
+    pairs = [letters[start : start + 2] for start in range(0, len(letters), 2)]
+    return "".join(pair[::-1] if chance.random() < 0.5 else pair for pair in pairs)
 
 
 def write_prompts(path: Path, split: str, count: int, seed: int = 0) -> Path:
