@@ -1,9 +1,8 @@
 """The block-diffusion demo: a tiny model learns to fill in blocks with fewer forwards, with the trainer of large ones.
 
 Two runs from the same start: LightningRL, which rewards accuracy and speed and imitates correct answers, and GRPO on accuracy alone.
-Writes parallelism.png (accuracy against
-tokens per forward at several thresholds), curve.png, summary.json and the aligned weights beside the run's own files; those of
-the second run lie in accuracy_alone/.
+Writes parallelism.png (accuracy against tokens per forward at several thresholds), curve.png, summary.json and the aligned weights
+beside the run's own files; those of the second run lie in accuracy_alone/.
 """
 
 from collections.abc import Mapping, Sequence

@@ -46,7 +46,10 @@ def test_the_shipped_prompts_are_those_that_their_seed_draws(tmp_path):
 def test_the_demo_learns_to_take_fewer_forwards_and_leaves_what_a_person_would_look_at(tmp_path, capsys):
     demo_block_lm.run(tmp_path, 0, ["train.iterations=12", "train.evaluate_every=6"])
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["speed_after"] > 1.1 * summary["speed_before"] and summary["speed_after"] > summary["speed_accuracy_alone"]
+    assert (
+        summary["speed_after"] > 1.1 * summary["speed_before"]
+        and summary["speed_after"] > summary["speed_accuracy_alone"]
+    )
     assert summary["accuracy_after"] > summary["accuracy_before"] - 0.03
     for name in ("parallelism.png", "curve.png"):
         with Image.open(tmp_path / name) as picture:
