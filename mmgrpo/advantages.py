@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmgrpo.groups import group_centred, group_size, group_std, spread
+from mmgrpo.comparing import as_scores, compared, scores_of
+from mmgrpo.groups import group_centred, group_size, group_std
 from mmgrpo.types import Advantage, Feedback
 
 Scale = Literal["group", "batch", "none"]
@@ -31,14 +32,14 @@ def standardize(scores: Tensor, group: Tensor, ddof: int = 1, eps: float = 1e-4,
     distance = group_centred(scores, group)
     match scale:
         case "none":
-            return _as_scores(distance, scores)
+            return as_scores(distance, scores)
         case "group":
             std = group_std(scores, group, ddof)
         case "batch":
             std = group_std(scores, torch.zeros_like(group), ddof)
         case _:
             raise ValueError(f"scale is {scale!r}; expected 'group', 'batch' or 'none'")
-    return _as_scores(distance / torch.where(std > 0, std + eps, 1), scores)
+    return as_scores(distance / torch.where(std > 0, std + eps, 1), scores)
 
 
 def against_others(scores: Tensor, group: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def against_others(scores: Tensor, group: Tensor) -> Tensor:
     RLOO, arXiv 2402.14740: G / (G - 1) times the distance to the group's mean.
     """
     size = group_size(scores, group)
-    return _as_scores(group_centred(scores, group) * size / (size - 1).clamp(min=1), scores)
+    return as_scores(group_centred(scores, group) * size / (size - 1).clamp(min=1), scores)
 
 
 def standardized(
@@ -56,9 +57,9 @@ def standardized(
     """GRPO on the weighted sum of the rewards, as `standardize`; `clamp` bounds the values to [-clamp, clamp]."""
     if clamp is not None and clamp <= 0:
         raise ValueError(f"clamp is {clamp}; expected a positive number")
-    scores = _total(feedback)
+    scores = scores_of(feedback)
     values = standardize(scores, feedback.group, ddof, eps, scale)
-    return _advantage(values if clamp is None else values.clamp(-clamp, clamp), scores, feedback.group)
+    return compared(values if clamp is None else values.clamp(-clamp, clamp), scores, feedback.group)
 
 
 def centered(feedback: Feedback) -> Advantage:
@@ -68,8 +69,8 @@ def centered(feedback: Feedback) -> Advantage:
 
 def leave_one_out(feedback: Feedback) -> Advantage:
     """RLOO (arXiv 2402.14740) on the weighted sum of the rewards."""
-    scores = _total(feedback)
-    return _advantage(against_others(scores, feedback.group), scores, feedback.group)
+    scores = scores_of(feedback)
+    return compared(against_others(scores, feedback.group), scores, feedback.group)
 
 
 def gdpo(
@@ -84,10 +85,10 @@ def gdpo(
     """
     if missing not in ("skip", "zero"):
         raise ValueError(f"missing is {missing!r}; expected 'skip' or 'zero'")
-    scores, group = _total(feedback), feedback.group
+    scores, group = scores_of(feedback), feedback.group
     trained = [(feedback.rewards[name].double(), weight) for name, weight in feedback.weights.items() if weight != 0]
     if len(trained) == 1:
-        return _advantage(standardize(scores, group, ddof, eps), scores, group)
+        return compared(standardize(scores, group, ddof, eps), scores, group)
     if missing == "zero":
         trained = [(values.nan_to_num(0), weight) for values, weight in trained]
     parts = torch.stack([weight * standardize(values, group, ddof, eps) for values, weight in trained])  # (K, B)
@@ -97,7 +98,7 @@ def gdpo(
     if batch_scale:
         std = group_std(combined, torch.zeros_like(group), ddof)
         combined = combined / torch.where(std > 0, std + eps, 1)
-    return _advantage(_as_scores(combined, scores), scores, group)
+    return compared(as_scores(combined, scores), scores, group)
 
 
 def scaled_sum(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advantage:
@@ -108,7 +109,7 @@ def scaled_sum(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advan
     reimplementations do. The rewards are centred in their group before they are added: nothing changes where all are there, and
     a missing one counts as the mean of its group.
     """
-    scores, group = _total(feedback), feedback.group
+    scores, group = scores_of(feedback), feedback.group
     combined = torch.zeros(len(group), dtype=torch.float64, device=scores.device)
     for name, weight in feedback.weights.items():
         values = feedback.rewards[name].double()
@@ -117,7 +118,7 @@ def scaled_sum(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advan
         combined = combined + (share * group_centred(values, group)).nan_to_num(0)
     combined = torch.where(scores.isnan(), torch.nan, combined)
     combined = torch.where(group_std(combined, group, ddof) > 1e-8, combined, combined * 0)
-    return _advantage(_as_scores(standardize(combined, group, ddof, eps), scores), scores, group)
+    return compared(as_scores(standardize(combined, group, ddof, eps), scores), scores, group)
 
 
 def process(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advantage:
@@ -131,31 +132,9 @@ def process(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advantag
         raise ValueError(
             "advantage 'process' needs a reward of parts, (B, J); these all judge whole answers: use 'standardized'"
         )
-    scores, rewards = _total(feedback), feedback.step_rewards
+    scores, rewards = scores_of(feedback), feedback.step_rewards
     group = feedback.group.repeat_interleave(rewards.shape[1])
     parts = standardize(rewards.flatten(), group, ddof, eps).view(rewards.shape).nan_to_num(0)
     left = parts.flip(1).cumsum(1).flip(1)
-    whole = _advantage(standardize(scores, feedback.group, ddof, eps), scores, feedback.group)
+    whole = compared(standardize(scores, feedback.group, ddof, eps), scores, feedback.group)
     return whole._replace(values=torch.where(whole.keep.unsqueeze(1), left, 0))
-
-
-def _total(feedback: Feedback) -> Tensor:
-    """The weighted sum (B,); raises ValueError naming the reward that is infinite."""
-    for name, values in feedback.rewards.items():
-        if values.isinf().any():
-            raise ValueError(f"reward {name!r} is infinite for {int(values.isinf().sum())} of {len(values)} samples")
-    return feedback.total()
-
-
-def _as_scores(values: Tensor, scores: Tensor) -> Tensor:
-    return values.to(torch.promote_types(scores.dtype, torch.float32))
-
-
-def _advantage(values: Tensor, scores: Tensor, group: Tensor) -> Advantage:
-    keep, (none_share, mean_std) = ~values.isnan(), spread(scores, group)
-    metrics = {
-        "groups_without_spread": none_share,
-        "group_std": mean_std,
-        "without_opinion": 1 - float(keep.double().mean()),
-    }
-    return Advantage(torch.where(keep, values, 0), keep, metrics)

@@ -1,13 +1,15 @@
 """Test that a run would train what its recipe says, before it trains: replay, gradients, objective, rewards."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mmgrpo import diagnostics
+from mmgrpo.comparing import told
 from mmgrpo.data import requests
-from mmgrpo.improve import Given, Measured, accumulate
+from mmgrpo.improve import TOLD, Given, Measured, accumulate
 from mmgrpo.objectives import clip_width, facts
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
@@ -84,12 +86,14 @@ def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
     advantages[1::2] = -1
     weights = run.aggregate(trajectory.mask)
     held = run.reference if run.reference.active else None
-    measured = accumulate(run.policy, trajectory, Given(advantages, weights), run.loss, held)
+    measured = accumulate(
+        run.policy, trajectory, Given(advantages, weights, reward=advantages.clamp(min=0)), run.loss, held
+    )
     found = [value.grad for value in run.policy.trainable().values() if value.grad is not None]
     norm = torch.stack([value.norm() for value in found]).norm() if found else torch.zeros(())
     for value in run.policy.trainable().values():
         value.grad = None
-    missing = [name for name in facts(run.loss.objective).needs if name not in measured.values]
+    missing = [name for name in facts(run.loss.objective).needs if name not in {*measured.values, *TOLD}]
     worst = float(torch.where(trajectory.mask, measured.values["log_ratio"], 0).abs().max())
     return [
         Finding(not missing, "objective", f"lacks {missing}" if missing else "has every field that it needs"),
@@ -117,7 +121,9 @@ def sampler_noise(run: Run, trajectory: Trajectory, measured: Measured) -> list[
 def comparison(run: Run, trajectory: Trajectory, samples: Samples) -> Finding:
     """The advantage finds what it needs in the rewards."""
     try:
-        advantage = run.compare(score(run.rewards, run.weights, samples, trajectory.mask.shape[1]))
+        judged = score(run.rewards, run.weights, samples, trajectory.mask.shape[1])
+        compare = copy.deepcopy(run.compare)  # which may remember what it saw
+        advantage = compare(told(compare, run.policy, judged, trajectory, samples))
         imitated(advantage, run.loss.anchor_weight)
     except ValueError as error:
         return Finding(False, "advantage", str(error))

@@ -6,14 +6,15 @@ Axes: P prompts, G samples per prompt, B = P * G samples.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmgrpo import diagnostics
+from mmgrpo.comparing import teaching, told
 from mmgrpo.data import choose, requests
-from mmgrpo.groups import group_std
 from mmgrpo.journal import Stopwatch
 from mmgrpo.run import Run
 from mmgrpo.scoring import score
@@ -30,19 +31,19 @@ class Gathered(NamedTuple):
 
 
 def gather(run: Run, phases: Stopwatch) -> Gathered:
-    """Roll out and score until P groups have spread, at most `train.rounds` times; advances the run's counters.
+    """Roll out and score until P groups carry signal, at most `train.rounds` times; advances the run's counters.
 
-    Groups with spread come first, in the order they were drawn; if they are too few, the first ones without fill up.
+    Groups that do come first, in the order they were drawn; if they are too few, the first ones that do not fill up.
     """
     options = run.recipe.train
     parts: list[tuple[Trajectory, Feedback]] = []
-    while len(parts) < options.rounds and sum(groups_with_spread(part) for _, part in parts) < options.prompts:
+    while len(parts) < options.rounds and sum(groups_that_teach(run, part) for _, part in parts) < options.prompts:
         batch = next_batch(run)
         with phases.measure("rollout"):
             trajectory, samples = run.policy.rollout(batch)
         with phases.measure("score"):
             feedback = score(run.rewards, run.weights, samples, trajectory.mask.shape[1])
-            parts.append((trajectory, feedback))
+            parts.append((trajectory, told(run.compare, run.policy, feedback, trajectory, samples)))
         run.rollouts += 1
         run.samples += len(batch)
     judged = joined_feedback([feedback for _, feedback in parts])
@@ -52,7 +53,7 @@ def gather(run: Run, phases: Stopwatch) -> Gathered:
     }
     if len(parts) == 1:
         return Gathered(*parts[0], judged, metrics)
-    rows = first_with_spread(judged, options.prompts)
+    rows = first_that_teach(teaching(run.compare, judged), judged.group, options.prompts)
     whole = joined_trajectory([trajectory for trajectory, _ in parts])
     return Gathered(whole.take(rows), take_feedback(judged, rows), judged, metrics)
 
@@ -70,17 +71,16 @@ def next_batch(run: Run) -> Batch:
     )
 
 
-def groups_with_spread(feedback: Feedback) -> int:
-    """How many groups differ in their total reward."""
-    return len(feedback.group[group_std(feedback.total(), feedback.group) > 0].unique())
+def groups_that_teach(run: Run, feedback: Feedback) -> int:
+    """How many groups carry signal for the run's advantage."""
+    return len(feedback.group[teaching(run.compare, feedback)].unique())
 
 
-def first_with_spread(feedback: Feedback, count: int) -> Tensor:
-    """The rows of `count` groups in the order of their rows, those with spread before the others; (b,) int64."""
-    spread = group_std(feedback.total(), feedback.group) > 0  # (B,)
-    order = torch.cat([spread.nonzero().flatten(), (~spread).nonzero().flatten()])
-    chosen = list(dict.fromkeys(feedback.group[order].tolist()))[:count]
-    return torch.isin(feedback.group, torch.tensor(chosen)).nonzero().flatten()
+def first_that_teach(teach: Tensor, group: Tensor, count: int) -> Tensor:
+    """The rows of `count` groups in the order of their rows, those that teach before the others; (B,), (B,) -> (b,) int64."""
+    order = torch.cat([teach.nonzero().flatten(), (~teach).nonzero().flatten()])
+    chosen = list(dict.fromkeys(group[order].tolist()))[:count]
+    return torch.isin(group, torch.tensor(chosen)).nonzero().flatten()
 
 
 def joined_trajectory(parts: Sequence[Trajectory]) -> Trajectory:
@@ -102,21 +102,32 @@ def joined_feedback(parts: Sequence[Feedback]) -> Feedback:
     for part in parts:
         if list(part.rewards) != names:
             raise ValueError(f"rewards have components {list(part.rewards)} in one round and {names} in another")
-    steps = [part.step_rewards for part in parts if part.step_rewards is not None]
+    first = parts[0]
+
+    def whole(name: str) -> Tensor | None:
+        values = [value for value in map(attrgetter(name), parts) if value is not None]
+        return torch.cat(values) if values else None
+
     return Feedback(
         {name: torch.cat([part.rewards[name] for part in parts]) for name in names},
-        parts[0].weights,
+        first.weights,
         torch.cat([part.group for part in parts]),
-        torch.cat(steps) if steps else None,
+        whole("step_rewards"),
+        tuple(prompt for part in parts for prompt in part.prompts),
+        whole("mask"),
+        {name: torch.cat([part.facts[name] for part in parts]) for name in first.facts},
     )
 
 
 def take_feedback(feedback: Feedback, rows: Tensor) -> Feedback:
     """The given rows of every component."""
-    steps = feedback.step_rewards
+    steps, mask = feedback.step_rewards, feedback.mask
     return Feedback(
         {name: values[rows] for name, values in feedback.rewards.items()},
         feedback.weights,
         feedback.group[rows],
         None if steps is None else steps[rows],
+        tuple(feedback.prompts[row] for row in rows.tolist()) if feedback.prompts else (),
+        None if mask is None else mask[rows],
+        {name: values[rows] for name, values in feedback.facts.items()},
     )

@@ -4,6 +4,7 @@ Computed in float64 from the distance to the group's smallest score, so that a g
 Axes: B samples, in any order; group ids are any int64 values.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,17 @@ def group_std(scores: Tensor, group: Tensor, ddof: int = 1) -> Tensor:
         raise ValueError(f"ddof is {ddof}; expected 1 (divide by n - 1) or 0 (divide by n)")
     squares = group_sum(group_centred(scores, group).square().nan_to_num(0), group)
     return (squares / (group_size(scores, group) - ddof).clamp(min=1)).sqrt()
+
+
+def within(scores: Tensor, group: Tensor, estimate: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of each group's opinions (G,) float64 -> (G,), put together; NaN without an opinion; (B,), (B,) -> (B,)."""
+    index = _index(scores, group)
+    values = torch.full(scores.shape, torch.nan, dtype=torch.float64, device=scores.device)
+    for number in range(int(index.max()) + 1 if len(index) else 0):
+        rows = ((index == number) & ~scores.isnan()).nonzero().flatten()
+        if len(rows):
+            values[rows] = estimate(scores[rows].double())
+    return values
 
 
 def spread(scores: Tensor, group: Tensor) -> Spread:

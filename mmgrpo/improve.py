@@ -5,7 +5,7 @@ policy is replayed in chunks and each chunk's values are pushed back with their 
 of one large batch for every split. Axes: B samples, S decisions, b and s those of a chunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ from mmgrpo.kl import KL
 from mmgrpo.objectives import Objective, facts, masked, weighted_sum
 from mmgrpo.types import Chunk, Evaluation, Policy, Reference, Trajectory, require_shape, same_shape
 
-CONSTANTS = ("sampler_gap", "step_std", "dt", "mask", "kind")  # fields of an evaluation that carry no gradient
+TOLD = ("kind", "group", "reward")  # fields of an evaluation that no policy computes
+CONSTANTS = ("sampler_gap", "step_std", "dt", "mask", *TOLD)  # fields of an evaluation that carry no gradient
 
 
 class NonFiniteError(FloatingPointError):
@@ -53,17 +54,12 @@ class Given(NamedTuple):
     advantages: Tensor
     weights: Tensor  # the reduction, 0 where a decision is not trained
     imitate: Tensor | None = None  # the reduction of the anchor, 0 where a decision is not imitated
+    reward: Tensor | None = None  # the total reward of the decision's sample
 
-    def take(self, rows: Tensor, steps: Tensor) -> "Given":
-        """The decisions of a chunk."""
-        place = rows.unsqueeze(1), steps
-        imitate = None if self.imitate is None else self.imitate[place]
-        return Given(self.advantages[place], self.weights[place], imitate)
-
-    def like(self, like: Tensor) -> "Given":
-        """On the device and in the dtype of `like`."""
-        imitate = None if self.imitate is None else self.imitate.to(like)
-        return Given(self.advantages.to(like), self.weights.to(like), imitate)
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Given":
+        """Every tensor changed."""
+        further = (None if value is None else change(value) for value in (self.imitate, self.reward))
+        return Given(change(self.advantages), change(self.weights), *further)
 
     def used(self) -> Tensor:
         """Which decisions the loss looks at, (b, s) bool."""
@@ -141,8 +137,8 @@ def accumulate(
         rows, steps, like = chunk.rows.unsqueeze(1), chunk.steps, chunk.evaluation.log_ratio
         require_shape("log_ratio", like, len(chunk.rows), len(chunk.steps))
         if whole is None:
-            kind = trajectory.kind[rows, steps].to(like.device)
-            total, found = slopes(replace(chunk.evaluation, kind=kind), given.take(chunk.rows, steps).like(like), loss)
+            part = given.each(lambda value: value[rows, steps].to(like))
+            total, found = slopes(informed(chunk.evaluation, trajectory, part, rows, steps), part, loss)
         else:
             total, found = torch.zeros(()), {name: slope[rows, steps].to(like) for name, slope in whole[1].items()}
         push(chunk.evaluation, found)
@@ -162,12 +158,21 @@ def whole_slopes(
     fresh: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Slopes over the whole trajectory at once; costs a replay without gradient, except of the log-ratio alone when fresh."""
-    if fresh and reference is None and not {*facts(loss.objective).needs} - {"kind"}:
+    if fresh and reference is None and not {*facts(loss.objective).needs} - {*TOLD}:
         evaluation = Evaluation(torch.zeros(trajectory.mask.shape))
     else:
         evaluation = evaluate(policy, trajectory, reference)
     like = evaluation.log_ratio
-    return slopes(replace(evaluation, kind=trajectory.kind.to(like.device)), given.like(like), loss)
+    part = given.each(lambda value: value.to(like))
+    every = torch.arange(len(trajectory)).unsqueeze(1), torch.arange(trajectory.mask.shape[1])
+    return slopes(informed(evaluation, trajectory, part, *every), part, loss)
+
+
+def informed(evaluation: Evaluation, trajectory: Trajectory, given: Given, rows: Tensor, steps: Tensor) -> Evaluation:
+    """The evaluation of the decisions [rows, steps] with their kind, group and reward."""
+    device = evaluation.log_ratio.device
+    kind, group = trajectory.kind[rows, steps], trajectory.group[rows].expand(evaluation.log_ratio.shape)
+    return replace(evaluation, kind=kind.to(device), group=group.to(device), reward=given.reward)
 
 
 @torch.no_grad()

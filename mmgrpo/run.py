@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo import checkpoint, kl, objectives, packing, seeds
+from mmgrpo.comparing import Remembering
 from mmgrpo.data import load_prompts
 from mmgrpo.improve import Loss
 from mmgrpo.recipe import Loss as LossOptions
@@ -135,6 +136,8 @@ def save(run: Run, folder: Path) -> Path:
         "reference": run.reference.tensors(),
         "random": random.tensors,
     }
+    if isinstance(run.compare, Remembering):
+        tensors["advantage"] = dict(run.compare.memory)
     if run.average is not None:
         tensors["average"] = run.average.tensors()
     counters = {name: getattr(run, name) for name in COUNTERS}
@@ -156,6 +159,8 @@ def restore(run: Run, path: Path) -> Run:
     if run.average is not None:
         run.average.load(tensors["average"])
     packing.restore_random_states(packing.Packed(tensors["random"], facts["random"]))
+    if isinstance(run.compare, Remembering):
+        run.compare.memory = tensors.get("advantage", {})
     counters = facts["counters"]
     assert isinstance(counters, dict) and counters.keys() == set(COUNTERS)
     return replace(run, **counters)

@@ -4,6 +4,7 @@ A run of the stage "pretrain" has a supervised lesson (mmgrpo/teaching.py) in th
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
 from mmgrpo.selection import extremes, imitated, minibatches
 from mmgrpo.teaching import lesson
-from mmgrpo.types import Advantage, Trajectory
+from mmgrpo.types import Advantage, Feedback, Trajectory
 
 
 def train(recipe: Recipe, folder: Path) -> Run:
@@ -100,7 +101,7 @@ def iteration(run: Run) -> dict[str, float]:
     rolled = gather(run, phases)
     advantage = run.compare(rolled.feedback)
     with phases.measure("update"):
-        metrics = improve(run, rolled.trajectory, advantage)
+        metrics = improve(run, rolled.trajectory, rolled.feedback, advantage)
     run.reference.after_iteration()
     judged = {f"reward/{name}": value for name, value in diagnostics.reward_summary(rolled.judged).items()}
     compared = {f"advantage/{name}": value for name, value in advantage.metrics.items()}
@@ -109,15 +110,19 @@ def iteration(run: Run) -> dict[str, float]:
     return metrics | judged | compared | seconds | rollout | peak_memory(run.device)
 
 
-def improve(run: Run, trajectory: Trajectory, advantage: Advantage) -> dict[str, float]:
+def improve(run: Run, trajectory: Trajectory, feedback: Feedback, advantage: Advantage) -> dict[str, float]:
     """Every optimizer update that a rollout is used for; metrics of the first and the last."""
     options = run.recipe.train
+    if advantage.decisions is not None:
+        trajectory = replace(trajectory, mask=trajectory.mask & advantage.decisions)
     values = advantage.values.unsqueeze(1) if advantage.values.dim() == 1 else advantage.values
     values = values.expand(trajectory.mask.shape)
     keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share) & trajectory.mask.any(1)
     imitate = imitated(advantage, run.loss.anchor_weight)
+    reward = feedback.total().unsqueeze(1).expand(trajectory.mask.shape)
     parts = [
-        weighed(run, trajectory, values, keep, imitate, rows) for rows in minibatches(trajectory.group, options.updates)
+        weighed(run, trajectory, Judged(values, keep, imitate, reward), rows)
+        for rows in minibatches(trajectory.group, options.updates)
     ]
     later = parts if options.passes > 1 else parts[1:]  # evaluated again after the weights have changed
     if later:
@@ -135,20 +140,27 @@ class Part(NamedTuple):
     given: Given  # (b, S) of their decisions; the denominators count every sample that is kept
 
 
-def weighed(
-    run: Run, trajectory: Trajectory, advantages: Tensor, keep: Tensor, imitate: Tensor | None, rows: Tensor
-) -> Part:
+class Judged(NamedTuple):
+    """What is known of every sample of a rollout before it is shared out among updates."""
+
+    advantages: Tensor  # (B, S)
+    keep: Tensor  # (B,) bool
+    imitate: Tensor | None  # (B,) bool
+    reward: Tensor  # (B, S) the total of its sample
+
+
+def weighed(run: Run, trajectory: Trajectory, judged: Judged, rows: Tensor) -> Part:
     """The rows of one update; those that add nothing to its gradient are left out, but not out of its denominators."""
-    mask = trajectory.mask[rows]
-    weights = run.aggregate(mask, keep=keep[rows])
+    mask, advantages = trajectory.mask[rows], judged.advantages[rows]
+    weights = run.aggregate(mask, keep=judged.keep[rows])
     used = weights.ne(0).any(1)
     if run.recipe.train.drop_zero_advantage and not run.loss.kl_weight:
-        used &= advantages[rows].ne(0).any(1)
-    if imitate is None:
-        return Part(rows[used], Given(advantages[rows][used], weights[used]))
-    copied = token_mean(mask, keep=imitate[rows])
-    used |= copied.ne(0).any(1)
-    return Part(rows[used], Given(advantages[rows][used], weights[used], copied[used]))
+        used &= advantages.ne(0).any(1)
+    copied = None if judged.imitate is None else token_mean(mask, keep=judged.imitate[rows])
+    if copied is not None:
+        used |= copied.ne(0).any(1)
+    given = Given(advantages, weights, copied, judged.reward[rows])
+    return Part(rows[used], given.each(lambda value: value[used]))
 
 
 def update(run: Run, trajectory: Trajectory, part: Part, fresh: bool) -> dict[str, float]:

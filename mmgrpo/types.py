@@ -159,6 +159,9 @@ class Feedback:
     weights: Mapping[str, float]  # name -> weight in the total; 0 is watched but not trained on
     group: Tensor  # (B,) int64
     step_rewards: Tensor | None = None  # (B, S) the weighted sum at the end of each part of an answer, NaN elsewhere
+    prompts: tuple[Prompt, ...] = ()  # B, whose columns may name bundles, tasks, categories
+    mask: Tensor | None = None  # (B, S) bool: the decision is trained
+    facts: Mapping[str, Tensor] = field(default_factory=dict)  # what an advantage asks for by name, leading with B
 
     def __post_init__(self) -> None:
         if self.rewards.keys() != self.weights.keys():
@@ -184,6 +187,9 @@ class Advantage(NamedTuple):
     keep: Tensor  # (B,) bool: the sample counts in the loss and in its denominators
     metrics: Mapping[str, float] = {}
     imitate: Tensor | None = None  # (B,) bool: what loss.anchor_weight makes likelier, such as correct answers
+    decisions: Tensor | None = (
+        None  # (B, S) bool: of the trained decisions, those that stay in the loss and its denominators
+    )
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,9 @@ class Evaluation:
     step_std: Tensor | None = None  # S of a Gaussian decision, no gradient
     dt: Tensor | None = None  # positive length of a denoising step, no gradient
     mask: Tensor | None = None  # bool: the decision is trained; set for objectives by `objectives.masked`
-    kind: Tensor | None = None  # int64: which kind of decision; set for objectives by `improve.accumulate`
+    kind: Tensor | None = None  # int64: which kind of decision; this and the next two are set by `improve.accumulate`
+    group: Tensor | None = None  # int64: of the decision's sample
+    reward: Tensor | None = None  # total reward of the decision's sample, no gradient
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are there, by name."""
@@ -280,6 +288,15 @@ class Policy(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the weights in the format of the policy's own library."""
+        ...
+
+
+@runtime_checkable
+class Informative(Protocol):
+    """A policy that knows more of its decisions than an objective asks for."""
+
+    def facts(self, trajectory: Trajectory, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Facts by name, each leading with B, under today's weights, no gradient; raises ValueError for an unknown name."""
         ...
 
 

@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmgrpo.types import Batch, Prompt, Trajectory
-from pipelines import prefix, token_probabilities
+from pipelines import guidance, prefix, token_probabilities
 from pipelines.checkpointing import checkpointed
+from pipelines.composing import Composer
 from pipelines.conversation import Encoded, Reader, collated
-from pipelines.decoding import Writer, Written, write, write_by_library
+from pipelines.decoding import Chooses, Writer, Written, write, write_by_library
+from pipelines.guidance import Guide
+from pipelines.prefix import Prefix
 from pipelines.sampling import End, Sampling, end_of, uniforms
 from pipelines.token_batches import batches, families
 from pipelines.token_probabilities import Head, Scores
+from pipelines.vocabularies import Grammar
 
 SAME_LOGITS = {
     torch.float64: 1e-9,
@@ -53,6 +57,8 @@ class Answers:
         self.end: End = end_of(model.generation_config.eos_token_id, tokenizer, sampling.stop, model.device)
         self.never = media_marks(model)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.grammar: Grammar | None = None  # of answers of texts and images: what may stand where
+        self.negative = Prompt(-1, "")  # what guidance leads away from
 
     # -- what is computed with ------------------------------------------------------------------------------------
 
@@ -113,7 +119,8 @@ class Answers:
     def write(self, batch: Batch, explore: bool = True) -> Written:
         """An answer for each row; without exploration the likeliest token each time. Everything on the CPU."""
         encoded = [self.reader.read(prompt) for prompt in batch.prompts]
-        reach = [part.length + self.sampling.max_new_tokens for part in encoded]
+        twice = 2 if self.guided else 1  # a guide remembers what it reads as well
+        reach = [part.length + twice * self.sampling.max_new_tokens for part in encoded]
         together = families(batch.group, [part.kind for part in encoded], [0] * len(batch), reach)
         parts = batches(together, self.options.rollout_tokens)
         found = [self._write_rows(batch.take(rows), [encoded[row] for row in rows], explore) for rows in parts]
@@ -121,15 +128,33 @@ class Answers:
 
     def _write_rows(self, batch: Batch, encoded: Sequence[Encoded], explore: bool) -> Written:
         device, steps = self.model.device, self.sampling.max_new_tokens
-        drawn = uniforms(batch.seed, batch.sample.tolist(), steps).to(device) if explore else None
-        writer = Writer(drawn, self.sampling, self.end, len(batch), device)
+        writer = self._writer(batch, explore)
         with torch.no_grad(), self.precision():
             if not self.shared:
                 inputs = collated(encoded, self.pad, device)
                 return write_by_library(self.model, inputs, writer, self.never, self.reader.tokenizer)
             firsts, rows = shared_prompts(batch.group)
             prompt = prefix.encode(self.model, collated([encoded[row] for row in firsts], self.pad, device))
-            return write(self.model, self.logits, prefix.with_room(prompt, rows.to(device), steps), writer)
+            guide = None
+            if self.guided:
+                assert isinstance(writer, Composer)
+                guide = Guide(self.model, self.unasked(), writer, len(batch))
+            return write(self.model, self.logits, prefix.with_room(prompt, rows.to(device), steps), writer, guide)
+
+    def _writer(self, batch: Batch, explore: bool) -> Chooses:
+        device = self.model.device
+        drawn = uniforms(batch.seed, batch.sample.tolist(), self.sampling.max_new_tokens).to(device)
+        writer = Writer(drawn if explore else None, self.sampling, self.end, len(batch), device)
+        return writer if self.grammar is None else Composer(self.grammar, drawn, writer, explore)
+
+    @property
+    def guided(self) -> bool:
+        """Whether images are led away from what the model expects without the prompt."""
+        return self.grammar is not None and self.grammar.guidance != 1
+
+    def unasked(self) -> Prefix:
+        """The negative prompt, read."""
+        return prefix.encode(self.model, collated([self.reader.read(self.negative)], self.pad, self.model.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V) float32, outside of autocast."""
@@ -151,23 +176,47 @@ class Answers:
             trajectory.group,
             [part.kind for part in encoded],
             [part.length for part in encoded],
-            trajectory.record["length"].tolist(),
+            (trajectory.record["length"] + self._read_twice(trajectory)).tolist(),
         )
         return batches(together, self.options.replay_tokens)
+
+    def _read_twice(self, trajectory: Trajectory) -> Tensor:
+        """Tokens of each answer's images that guidance reads once more; (B,) int64."""
+        if not self.guided or self.grammar is None:
+            return torch.zeros(len(trajectory), dtype=torch.int64)
+        rows, _ = guidance.places(self.grammar, trajectory.record["token"], trajectory.record["length"])
+        return rows.bincount(minlength=len(trajectory)) * len(self.grammar.pattern)
 
     def read(self, part: Trajectory) -> Scores:
         """Log-prob and entropy of every token of the answers under today's weights; (b, T) each, 0 behind their ends."""
         device, longest = self.model.device, int(part.record["length"].max())
         token = part.record["token"][:, :longest].to(device)
         there = torch.arange(longest, device=device) < part.record["length"].to(device).unsqueeze(1)  # (b, T)
-        support = part.record["support"][:, :longest].to(device)[there] if "support" in part.record else None
+        chosen = {
+            name: part.record[name][:, :longest].to(device)[there]
+            for name in ("support", "vocabulary")
+            if name in part.record
+        }
         with self.precision(), self.saving_memory():
-            hidden = self.fine(self._hidden(part, token)[there])  # (N, D)
-        found = token_probabilities.scores(
-            self.head_for(hidden), hidden, token[there], self.sampling.temperature, support
-        )
+            states = self._hidden(part, token)
+            if self.guided:
+                assert self.grammar is not None
+                length = part.record["length"]
+                states = guidance.replayed(self.model, self.grammar, self.unasked(), states, token, length)
+            hidden = self.fine(states[there])  # (N, D)
+        found = self._scores(hidden, token[there], **chosen)
         empty = torch.zeros(there.shape, dtype=found.log_prob.dtype, device=device)
         return Scores(*(empty.masked_scatter(there, values) for values in found))
+
+    def _scores(
+        self, hidden: Tensor, token: Tensor, support: Tensor | None = None, vocabulary: Tensor | None = None
+    ) -> Scores:
+        """(N, D) and (N,) -> (N,) each."""
+        head = self.head_for(hidden)
+        if self.grammar is None:
+            return token_probabilities.scores(head, hidden, token, self.sampling.temperature, support)
+        assert vocabulary is not None
+        return self.grammar.scores(head, hidden, token, vocabulary.long(), support)
 
     def _hidden(self, part: Trajectory, token: Tensor) -> Tensor:
         """The states that predict the tokens; (b, T) -> (b, T, D)."""

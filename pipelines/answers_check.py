@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mmgrpo.data import requests
-from mmgrpo.types import Finding, Prompt, Trajectory
+from mmgrpo.types import Batch, Finding, Prompt, Trajectory
 from pipelines import replays
 from pipelines.answers import Answers
+from pipelines.vocabularies import CODE, FORCED, TEXT, TEXT_ALONE, Grammar
 
 if TYPE_CHECKING:
     from pipelines.vlm import LanguagePolicy
@@ -49,14 +50,42 @@ def random_answers(answers: Answers, prompts: Sequence[Prompt]) -> Trajectory:
     kind = answers.reader.read(prompts[0]).kind
     alike = [prompt for prompt in prompts[:8] if answers.reader.read(prompt).kind == kind][:2]
     batch = requests(alike, range(len(alike)), group_size=2, seed=0, iteration=0)
-    steps = min(TOKENS, answers.sampling.max_new_tokens)
     generator = torch.Generator().manual_seed(0)
+    if answers.grammar is not None:
+        return random_compositions(answers.grammar, batch, generator)
+    steps = min(TOKENS, answers.sampling.max_new_tokens)
     usual = torch.arange(min(answers.head.weight.shape[0], len(answers.reader.tokenizer)))
     usual = usual[~torch.isin(usual, answers.never.cpu())]
     token = usual[torch.randint(len(usual), (len(batch), steps), generator=generator)]
     length = torch.where(torch.arange(len(batch)) % 2 == 0, steps, max(1, steps // 2))
     mask = torch.arange(steps) < length.unsqueeze(1)
     record = {"token": token, "log_prob": torch.zeros(token.shape), "length": length}
+    return Trajectory(batch, mask, torch.ones_like(token), record)
+
+
+def random_compositions(known: Grammar, batch: Batch, generator: torch.Generator) -> Trajectory:
+    """A text, an image and a text for every other row, a text alone for the rest; words and codes are random."""
+
+    def drawn(kind: int, count: int) -> Tensor:
+        part = known.vocabularies[kind]
+        span = torch.arange(part.stop - part.first)
+        allowed = span[~torch.isin(span, part.never.cpu())] + part.first
+        return allowed[torch.randint(len(allowed), (len(batch), count), generator=generator)]
+
+    image = known.layout.filled(drawn(CODE, known.layout.rows * known.layout.columns))
+    token = torch.cat([drawn(TEXT_ALONE, TOKENS), image, drawn(TEXT_ALONE, TOKENS // 2)], dim=1)
+    marks = torch.where(known.pattern < 0, CODE, FORCED)
+    marks[0] = TEXT
+    kinds = torch.full(token.shape, TEXT_ALONE)
+    kinds[:, TOKENS : TOKENS + len(marks)] = marks
+    length = torch.where(torch.arange(len(batch)) % 2 == 0, token.shape[1], TOKENS)
+    mask = (torch.arange(token.shape[1]) < length.unsqueeze(1)) & (kinds != FORCED)
+    record = {
+        "token": token,
+        "log_prob": torch.zeros(token.shape),
+        "length": length,
+        "vocabulary": kinds.to(torch.uint8),
+    }
     return Trajectory(batch, mask, torch.ones_like(token), record)
 
 

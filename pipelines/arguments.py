@@ -12,10 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from mmgrpo.types import Batch, Prompt, Samples
-from pipelines.source_videos import Cut, given, is_animated, is_picture, read
+from mmgrpo.types import Prompt
+from pipelines.source_videos import Cut, is_animated, is_picture, read
 
 Form = Literal["list", "repeat", "single"]
 REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
@@ -94,21 +94,30 @@ def load_media(path: Path, cut: Cut) -> Image.Image | list[Image.Image]:
     return list(read(path, cut))
 
 
-def to_samples(result: BaseOutput | tuple[Any, ...], batch: Batch, rate: int | None) -> Samples:
-    """The pipeline's result as samples: 4 axes are images, 5 are videos, 3 are sound; on the CPU in float32."""
-    media = as_tensor(result[0]).float().cpu()
-    if len(media) != len(batch):
-        raise ValueError(f"the pipeline returned {len(media)} samples for {len(batch)} prompts")
+def to_media(result: BaseOutput | tuple[Any, ...], count: int) -> dict[str, Tensor]:
+    """The pipeline's result by the field of `Samples`: 4 axes are images, 5 videos, 3 sound; on the CPU in float32."""
+    media = as_tensor(result[0]).cpu().float()
+    if len(media) != count:
+        raise ValueError(f"the pipeline returned {len(media)} samples for {count} prompts")
     match media.dim():
         case 4:
-            return Samples(batch, image=as_rgb(media).clamp(0, 1))
+            return {"image": as_rgb(media).clamp(0, 1)}
         case 5:
-            return Samples(batch, video=as_rgb(media).clamp(0, 1))
+            return {"video": as_rgb(media).clamp(0, 1)}
         case 3:
-            return Samples(batch, audio=media.clamp(-1, 1), rate=rate)
+            return {"audio": media.clamp(-1, 1)}
         case 2:
-            return Samples(batch, audio=media.unsqueeze(1).clamp(-1, 1), rate=rate)
+            return {"audio": media.unsqueeze(1).clamp(-1, 1)}
     raise ValueError(f"the pipeline returned shape {tuple(media.shape)}; expected images, videos or sound")
+
+
+def sampling_rate(modules: Mapping[str, nn.Module]) -> int | None:
+    """Samples per second of the sound that the pipeline makes, from its decoder's configuration."""
+    found = [attrgetter("config")(modules[name]) for name in ("vae", "vocoder") if name in modules]
+    # a config of diffusers is a mapping, one of transformers becomes one
+    configs: list[Mapping[str, Any]] = [one if isinstance(one, Mapping) else one.to_dict() for one in found]
+    rates = [config["sampling_rate"] for config in configs if "sampling_rate" in config]
+    return int(rates[-1]) if rates else None
 
 
 def as_rgb(media: Tensor) -> Tensor:
@@ -130,11 +139,19 @@ def as_tensor(media: Any) -> Tensor:
     return media
 
 
-def join(pieces: Sequence[Samples], batch: Batch, order: Tensor, cut: Cut) -> Samples:
-    """Samples of several calls as one, in the batch's order, beside the videos that they were made from."""
-    media: dict[str, Any] = {}
-    for name in ("image", "video", "audio"):
-        parts = [attrgetter(name)(piece) for piece in pieces]
-        if parts[0] is not None:
-            media[name] = torch.cat(parts)[order]
-    return Samples(batch, rate=pieces[0].rate, source_video=given(batch.prompts, cut), **media)
+def fill(whole: dict[str, Tensor], part: Mapping[str, Tensor], rows: Tensor, count: int) -> None:
+    """Put the tensors of one call into those of all rows, which the first call makes: no second copy of a long video.
+
+    Raises ValueError if a call made other tensors than the first.
+    """
+    if whole and whole.keys() != part.keys():
+        raise ValueError(f"a call of the pipeline made {sorted(part)}; expected {sorted(whole)} as in the first")
+    for name, tensor in part.items():
+        if name not in whole:
+            whole[name] = tensor.new_empty(count, *tensor.shape[1:])
+        if whole[name].shape[1:] != tensor.shape[1:]:
+            expected = tuple(whole[name].shape[1:])
+            raise ValueError(
+                f"a call made {name} of shape {tuple(tensor.shape[1:])}; expected {expected}, as the first"
+            )
+        whole[name][rows] = tensor

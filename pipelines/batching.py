@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo.types import Evaluation, Trajectory
-from pipelines.listeners import Stub
+from pipelines.stubs import Stub
 from pipelines.tape import Call
 
 

@@ -15,6 +15,7 @@ from mmgrpo.types import Evaluation
 from pipelines.levels import Levels, clean_and_noise, read
 from pipelines.schedulers import position
 
+PERIOD = 8191  # of the weights in a checksum
 Sampler = Callable[[Step], Gaussian]
 Reduction = str  # "mean" or "sum" over the elements of a decision
 
@@ -70,10 +71,15 @@ def from_levels(sampler: Sampler | None) -> Kernel:
 
 
 def checksum(state: Tensor) -> Tensor:
-    """A position-weighted sum of each row's bits; equal states have equal sums; (B, ...) -> (B,) int64."""
-    bits = state.detach().contiguous().view(torch.uint8).flatten(1)
-    weight = torch.arange(bits.shape[1], device=bits.device) % 8191 + 1
-    return (bits.to(torch.int64) * weight).sum(1).cpu()
+    """A position-weighted sum of each row's bytes; equal states have equal sums; (B, ...) -> (B,) int64.
+
+    Taken in blocks: as int64 the bytes of a long video's latents would be eight times their size, twice.
+    """
+    found = torch.zeros(len(state), dtype=torch.int64, device=state.device)
+    weight = torch.arange(1, PERIOD + 1, device=state.device).repeat(64)
+    for block in state.detach().contiguous().view(torch.uint8).flatten(1).split(len(weight), 1):
+        found += (block.to(torch.int64) * weight[: block.shape[1]]).sum(1)
+    return found.cpu()
 
 
 class Part(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from pipelines import prefix, token_probabilities
 from pipelines.prefix import Prefix
 from pipelines.sampling import End, Sampling, draw
 
+if TYPE_CHECKING:
+    from pipelines.guidance import Guide
+
 
 @dataclass
 class Written:
@@ -28,6 +31,53 @@ class Written:
     length: Tensor  # (B,) int64, the end included
     finished: Tensor  # (B,) bool: ended by itself
     support: Tensor | None  # (B, S, K) as `token_probabilities.packed`, if the distribution leaves tokens out
+    vocabulary: Tensor | None = None  # (B, S) uint8: which tokens there were to choose from, if that changes
+
+
+class Choice(NamedTuple):
+    token: Tensor  # (n,) int64
+    log_prob: Tensor  # (n,)
+    kept: Tensor | None  # (n, V) bool: what the distribution keeps, None for all
+
+
+def choice(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Choice:
+    """One token for each row, from (n, V) logits and (n,) random numbers; without these the likeliest."""
+    scaled = logits / sampling.temperature
+    kept = sampling.kept(scaled)
+    log_prob = (scaled if kept is None else scaled.masked_fill(~kept, -torch.inf)).log_softmax(1)
+    token = log_prob.argmax(1) if uniform is None else draw(log_prob, uniform)
+    return Choice(token, log_prob.gather(1, token.unsqueeze(1)).squeeze(1), kept)
+
+
+class Chooses(Protocol):
+    """Chooses the next token of every row that is alive, and notes it."""
+
+    written: Written
+    end: End
+    sampling: Sampling
+
+    @property
+    def alive(self) -> Tensor:
+        """The rows that are still written; (n,) int64."""
+        ...
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be written."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to write."""
+        ...
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token of each row that is alive, from its logits; (n, V) -> (n,) int64."""
+        ...
+
+    def drop_finished(self) -> Tensor:
+        """Which of the rows go on, after the token that was just chosen; (n,) bool."""
+        ...
 
 
 class Writer:
@@ -44,23 +94,30 @@ class Writer:
         self.step = 0
 
     @property
+    def left(self) -> int:
+        """Tokens that may still be written."""
+        return self.sampling.max_new_tokens - self.step
+
+    @property
     def done(self) -> bool:
         """Whether nothing is left to write."""
-        return len(self.alive) == 0 or self.step == self.sampling.max_new_tokens
+        return len(self.alive) == 0 or self.left == 0
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token of each row that is alive, from its logits; (n, V) -> (n,) int64."""
-        scaled, rows, at = logits / self.sampling.temperature, self.alive, self.step
-        kept = self.sampling.kept(scaled)
-        log_prob = (scaled if kept is None else scaled.masked_fill(~kept, -torch.inf)).log_softmax(1)
-        token = log_prob.argmax(1) if self.uniform is None else draw(log_prob, self.uniform[rows, at])
-        self.written.token[rows, at] = token
-        self.written.log_prob[rows, at] = log_prob.gather(1, token.unsqueeze(1)).squeeze(1).float()
+        uniform = None if self.uniform is None else self.uniform[self.alive, self.step]
+        token, log_prob, kept = choice(logits, self.sampling, uniform)
         if kept is not None:
             self._note(kept)
-        self.step += 1
-        self.written.length[rows] = self.step
+        self.put(token, log_prob)
         return token
+
+    def put(self, token: Tensor, log_prob: Tensor) -> None:
+        """Note the next token of each row that is alive; (n,) each."""
+        self.written.token[self.alive, self.step] = token
+        self.written.log_prob[self.alive, self.step] = log_prob.float()
+        self.step += 1
+        self.written.length[self.alive] = self.step
 
     def _note(self, kept: Tensor) -> None:
         small = token_probabilities.packed(kept, self.sampling.top_k)
@@ -78,7 +135,13 @@ class Writer:
 
 
 @torch.no_grad()
-def write(model: PreTrainedModel, logits: Callable[[Tensor], Tensor], prompt: Prefix, writer: Writer) -> Written:
+def write(
+    model: PreTrainedModel,
+    logits: Callable[[Tensor], Tensor],
+    prompt: Prefix,
+    writer: Chooses,
+    guide: "Guide | None" = None,
+) -> Written:
     """Continue every row of a prompt `with_room` until all have ended; ended rows leave the batch once half have."""
     last, going = prompt.last, torch.ones(len(prompt.last), dtype=torch.bool, device=prompt.last.device)
     while True:
@@ -88,17 +151,19 @@ def write(model: PreTrainedModel, logits: Callable[[Tensor], Tensor], prompt: Pr
         if writer.done:
             return writer.written
         if 2 * int(going.sum()) <= len(going):
-            left = writer.sampling.max_new_tokens - writer.step
-            prompt, token = prefix.with_room(prompt, going.nonzero().flatten(), left), token[going]
-            going = going[going]
+            rows = going.nonzero().flatten()
+            prompt, token = prefix.with_room(prompt, rows, writer.left), token[rows]
+            if guide is not None:
+                guide.keep(rows, writer.left)
+            going = going[rows]
         hidden, prompt = prefix.read_on(model, prompt, token.unsqueeze(1))
-        last = hidden[:, -1]
+        last = hidden[:, -1] if guide is None else guide.guided(hidden[:, -1], token, going)
 
 
 class Chooser(LogitsProcessor):
     """Makes the library's own loop write what a `Writer` chooses."""
 
-    def __init__(self, writer: Writer, never: Tensor) -> None:
+    def __init__(self, writer: Chooses, never: Tensor) -> None:
         self.writer, self.never = writer, never
         self.going = torch.ones(len(writer.alive), dtype=torch.bool, device=writer.alive.device)
 
@@ -115,7 +180,7 @@ class Chooser(LogitsProcessor):
 def write_by_library(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
-    writer: Writer,
+    writer: Chooses,
     never: Tensor,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Written:

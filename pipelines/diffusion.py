@@ -12,9 +12,11 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from diffusers.models.autoencoders.vae import AutoencoderMixin
+from torch import Tensor, nn
 from torch.nn import Parameter
 
+from mmgrpo.toml import nearest
 from mmgrpo.transitions import Gaussian, Step
 from mmgrpo.types import Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
 from pipelines import selftest, weights
@@ -29,6 +31,7 @@ from pipelines.tape import nested_pipelines
 
 Plan = Callable[[int, int, int], Tensor]  # (steps, iteration, seed) -> (S,) bool
 Precision = Literal["float32", "bfloat16", "float16"]
+Decode = Literal["whole", "sliced", "tiled"]
 
 
 class DiffusionPolicy:
@@ -113,7 +116,7 @@ def load(
     call: Mapping[str, Any],
     revision: str | None = None,
     pipeline: str = "DiffusionPipeline",
-    dtype: Precision = "bfloat16",
+    dtype: Precision | Mapping[str, Precision] = "bfloat16",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     autocast: Precision | None = None,
     train: tuple[str, ...] = (),
@@ -127,21 +130,30 @@ def load(
     video: Cut | None = None,
     gradient_checkpointing: bool = False,
     cache: Path | None = None,
+    offload_trajectory: bool = False,
+    decode: Decode = "whole",
 ) -> DiffusionPolicy:
     """A policy from a diffusers model.
 
     model: folder or hub name; pipeline: a diffusers class, or "module:Class" of your own. plan: which steps are
     stochastic; sampler: how, "native" for the scheduler's own noise. call: arguments of the pipeline's own call (height,
-    num_inference_steps, guidance_scale, ...). dtype: of the weights. train: names of trained components, by default those
+    num_inference_steps, guidance_scale, ...). dtype: of the weights, or of components by name with "default" for
+    the others (a video VAE is often kept in float32). train: names of trained components, by default those
     that predict the steps. lora: rank, alpha and targets of adapters; without it the components are trained whole.
     reduction: over the latent elements of a decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps
     of these samples in one forward of a replay. same_noise: start noise shared inside a group. columns: of the data,
-    passed to the call. video: frames, start, stride, height and width of the videos that prompts bring. cache: folder in which encodings are kept between runs.
+    passed to the call. video: frames, start, stride, height and width of the videos that prompts bring. cache: folder in
+    which encodings are kept between runs. offload_trajectory: between rollout and replay it is on the CPU. decode: all
+    samples of a call at once, one at a time ("sliced"), or each in parts whose seams are blended ("tiled"; conditions are
+    encoded in parts too).
     """
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded = pipeline_class(pipeline).from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
+    loaded = pipeline_class(pipeline).from_pretrained(model, revision=revision, dtype=dtypes(dtype))
+    if not isinstance(dtype, str):
+        require_components(loaded, dtype)
+    decode_in_parts(loaded, decode)
     options = Options(
         call=call,
         kernel=native if sampler == "native" else from_levels(sampler),
@@ -153,8 +165,9 @@ def load(
         columns=columns,
         autocast=None if autocast is None else getattr(torch, autocast),
         video=video or Cut(),
+        offload_trajectory=offload_trajectory,
     )
-    engine = Engine(loaded.to(place), options, f"{model}@{revision}", cache)
+    engine = Engine(loaded.to(place), options, f"{model}@{revision}, {dtype}, {autocast}, {decode}", cache)
     return DiffusionPolicy(engine, plan, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)
 
 
@@ -166,3 +179,36 @@ def pipeline_class(name: str) -> type[DiffusionPipeline]:
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         raise ValueError(f"policy.pipeline is {name!r}; expected a pipeline class of diffusers or 'module:Class'")
     return found
+
+
+def dtypes(dtype: Precision | Mapping[str, Precision]) -> torch.dtype | dict[str, torch.dtype]:
+    """As diffusers takes them."""
+    if isinstance(dtype, str):
+        return getattr(torch, dtype)
+    return {name: getattr(torch, kind) for name, kind in dtype.items()}
+
+
+def require_components(pipeline: DiffusionPipeline, dtype: Mapping[str, Precision]) -> None:
+    """Raise ValueError if a dtype is asked for a component that the pipeline does not have."""
+    known = ("default", *(name for name, part in pipeline.components.items() if isinstance(part, nn.Module)))
+    for name in dtype:
+        if name not in known:
+            raise ValueError(f"policy.dtype.{name}: {type(pipeline).__name__} has no such model{nearest(name, known)}")
+
+
+def decode_in_parts(pipeline: DiffusionPipeline, decode: Decode) -> None:
+    """Have the pipeline's VAE decode one sample at a time, and in tiles if asked; raises ValueError if it cannot."""
+    if decode == "whole":
+        return
+    vae = pipeline.components.get("vae")
+    try:
+        if not isinstance(vae, AutoencoderMixin):
+            raise NotImplementedError
+        vae.enable_slicing()
+        if decode == "tiled":
+            vae.enable_tiling()
+    except NotImplementedError:
+        found = "no VAE" if vae is None else f"{type(vae).__name__}, which cannot"
+        raise ValueError(
+            f"policy.decode is {decode!r}; {type(pipeline).__name__} has {found}: expected 'whole'"
+        ) from None

@@ -8,7 +8,6 @@ Axes: B samples, S decisions (groups of denoiser calls and the steps that follow
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from mmgrpo import seeds
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Samples, Trajectory
 from pipelines import arguments
 from pipelines.batching import Capture, DenoiserCall, doubled, joined, together
-from pipelines.listeners import Recorder, Replayer, Stub
+from pipelines.listeners import Recorder, Replayer
 from pipelines.memo import Memo
 from pipelines.options import Layout, Options
+from pipelines.source_videos import given
+from pipelines.stubs import Stub
 from pipelines.tape import Discovery, Tape
 
 
@@ -89,10 +90,7 @@ class Engine:
     @torch.no_grad()
     def rollout(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
         """One sample per row, and its decisions; the planned steps, (S,) bool, are stochastic and trained."""
-        pieces, samples = self._generate(batch, planned)
-        record = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        order = record.pop("place").argsort()
-        record = {name: tensor[order.to(tensor.device)] for name, tensor in record.items()}
+        record, samples = self._generate(batch, planned)
         trained = [f"output.{step}.0" in record for step in range(self.layout.steps)]
         mask = torch.tensor(trained).expand(len(batch), -1).clone()
         trajectory = Trajectory(batch, mask, torch.zeros_like(mask, dtype=torch.int64), record)
@@ -105,32 +103,27 @@ class Engine:
         """One sample per row with the noise of the sampler off."""
         return self._generate(batch, ~self.planned)[1]
 
-    def _generate(self, batch: Batch, planned: Tensor) -> tuple[list[dict[str, Tensor]], Samples]:
-        """The records of every call of the pipeline, each with its rows' places in the batch, and all samples in order."""
-        pieces, samples, places = [], [], []
+    def _generate(self, batch: Batch, planned: Tensor) -> tuple[dict[str, Tensor], Samples]:
+        """The record and the samples of all rows, in order."""
+        record: dict[str, Tensor] = {}
+        media: dict[str, Any] = {}
         for rows in self._calls(batch, torch.tensor(self.options.rollout_rows).expand(len(batch))):
             part = batch.take(rows)
             recorder = self._recorder(part, planned)
-            result = self.run(recorder, part)
-            samples.append(arguments.to_samples(result, part, self._rate()))
+            made = arguments.to_media(self.run(recorder, part), len(rows))
             seats = {"rows": torch.full_like(rows, len(rows)), "seat": torch.arange(len(rows))}
-            pieces.append(recorder.record | seats | {"place": rows})
-            places.append(rows)
-        return pieces, arguments.join(samples, batch, torch.cat(places).argsort(), self.options.video)
+            arguments.fill(media, made, rows, len(batch))
+            arguments.fill(record, recorder.record | seats, rows, len(batch))
+        rate = arguments.sampling_rate(self.tape.modules) if "audio" in media else None
+        return record, Samples(batch, rate=rate, source_video=given(batch.prompts, self.options.video), **media)
 
     def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
         row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
         keep_outputs = self.stub.kind == "recorded"
-        return Recorder(self.layout.denoisers, self.memo, self.options.kernel, planned, row_seeds, keep_outputs)
-
-    def _rate(self) -> int | None:
-        """Samples per second of the sound that the pipeline makes, from its decoder's configuration."""
-        names = [name for name in ("vae", "vocoder") if name in self.tape.modules]
-        found = [attrgetter("config")(self.tape.modules[name]) for name in names]
-        # a config of diffusers is a mapping, one of transformers becomes one
-        configs: list[Mapping[str, Any]] = [one if isinstance(one, Mapping) else one.to_dict() for one in found]
-        rates = [config["sampling_rate"] for config in configs if "sampling_rate" in config]
-        return int(rates[-1]) if rates else None
+        return Recorder(
+            self.layout.denoisers, self.memo, self.options.kernel, planned, row_seeds, keep_outputs,
+            self.options.offload_trajectory,
+        )  # fmt: skip
 
     # -- replay -------------------------------------------------------------------------------------------------
 
@@ -245,7 +238,8 @@ class Engine:
     @torch.no_grad()
     def anchor(self, trajectory: Trajectory) -> tuple[Trajectory, float]:
         """The trajectory with its model outputs recomputed at `replay_rows`, and the mean |log-ratio| that this removed."""
-        record = {name: tensor.clone() for name, tensor in trajectory.record.items()}
+        changed = (*(name for name in trajectory.record if name.startswith("output.")), "rows", "seat")
+        record = {**trajectory.record, **{name: trajectory.record[name].clone() for name in changed}}
         noise: list[Tensor] = []
         for rows in self._calls(trajectory.batch, torch.tensor(self.options.replay_rows).expand(len(trajectory))):
             outputs = self._replay_rows(

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -15,6 +15,7 @@ from pipelines import structure
 from pipelines.decisions import Kernel, Part, Reduction, Transition, checksum, evaluate, from_levels, prediction
 from pipelines.memo import Memo
 from pipelines.schedulers import advance, state_dtype
+from pipelines.stubs import StandIn
 from pipelines.tape import Call, Counter, StepResult, Stop
 
 
@@ -33,6 +34,7 @@ class Recorder:
         planned: Tensor,
         row_seeds: Sequence[int],
         outputs: bool,
+        offload: bool = False,
     ) -> None:
         self.denoisers = denoisers
         self.memo = memo
@@ -40,6 +42,7 @@ class Recorder:
         self.planned = planned  # (S,) bool
         self.row_seeds = row_seeds  # one per row
         self.everything = False  # keep the states of every step
+        self.offload = offload  # keep the record on the CPU
         self.outputs = outputs  # keep every denoiser output, for pipelines whose steps depend on earlier outputs
         self.counter = Counter()
         self.parts: dict[int, int] = defaultdict(int)  # group -> steps taken
@@ -88,7 +91,8 @@ class Recorder:
         return state
 
     def _keep(self, name: str, tensor: Tensor) -> None:
-        self.record[name] = by_row(tensor.detach(), len(self.row_seeds)).clone()
+        place = "cpu" if self.offload else tensor.device
+        self.record[name] = by_row(tensor.detach(), len(self.row_seeds)).to(place, copy=True)
 
 
 class Replayer:
@@ -103,7 +107,7 @@ class Replayer:
         wanted: Sequence[int],
         parts: Mapping[int, int],
         reduction: Reduction,
-        stub: "StandIn",
+        stub: StandIn,
         emit: Callable[[int, Evaluation], None],
         references: Mapping[str, Tensor] | None = None,
         supply: Mapping[str, Any] | None = None,
@@ -166,7 +170,9 @@ class Replayer:
     def _forced(self, group: int, sample: Tensor) -> Tensor:
         name = f"next.{group}.{self.seen[group]}"
         self.seen[group] += 1
-        return self.record[name].reshape(sample.shape).clone() if name in self.record else sample.detach()
+        if name not in self.record:
+            return sample.detach()
+        return self.record[name].reshape(sample.shape).to(sample.device, copy=True)
 
     def _evaluate(
         self, group: int, sample: Tensor, output: Tensor, taken: Transition, old: Callable[[Tensor], Gaussian]
@@ -227,71 +233,3 @@ def rowwise(gaussian: Gaussian, rows: int) -> Gaussian:
     if mean is gaussian.mean:
         return gaussian
     return Gaussian(mean, by_row(gaussian.std.expand_as(gaussian.mean), rows))
-
-
-class StandIn(Protocol):
-    """Answers the denoiser calls that a replay does not make, and may note those it makes."""
-
-    def learn(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any: ...
-
-    def __call__(
-        self,
-        name: str,
-        forward: Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        record: Mapping[str, Tensor],
-        key: str,
-    ) -> Any: ...
-
-
-class Stub:
-    """Stands in for a denoiser at unwanted steps: zeros, the recorded outputs, or the real forward without gradient."""
-
-    LADDER = ("zeros", "recorded", "real")
-
-    def __init__(self, kind: str = "zeros") -> None:
-        self.kind = kind
-        self.known: dict[tuple[Any, ...], Any] = {}  # call geometry -> an output of meta tensors
-
-    def learn(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Note the structure of an output that was computed anyway."""
-        self.known.setdefault(geometry(name, args, kwargs), structure.map_tensors(output, shape_only))
-        return output
-
-    def __call__(
-        self,
-        name: str,
-        forward: Call,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        record: Mapping[str, Tensor],
-        key: str,
-    ) -> Any:
-        shape = self.known.get(geometry(name, args, kwargs))
-        if self.kind == "real" or shape is None:
-            with torch.no_grad():
-                return self.learn(name, args, kwargs, forward(*args, **kwargs))
-        device = structure.tensors((args, kwargs))[0].device
-        places = iter(range(len(structure.tensors(shape))))
-
-        def fill(tensor: Tensor) -> Tensor:
-            place = next(places)
-            if self.kind == "recorded":
-                return record[f"{key}.{place}"].reshape(tensor.shape).clone()
-            return torch.zeros_like(tensor, device=device)
-
-        return structure.map_tensors(shape, fill)
-
-
-def shape_only(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
-
-
-def geometry(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides the shape of a module's output: its name, its options and its tensors' shapes and dtypes."""
-    described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
-        for leaf in structure.leaves((args, kwargs))
-    )
-    return (name, *described)

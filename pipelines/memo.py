@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from safetensors import safe_open
 from safetensors.torch import save
@@ -146,6 +147,8 @@ def pack(value: Any) -> Any:
     """The nesting of a value as JSON, tensors replaced by their place; None if it holds anything else."""
     if isinstance(value, Tensor):
         return "tensor"
+    if isinstance(value, DiagonalGaussianDistribution):
+        return {"gaussian": value.deterministic}
     if isinstance(value, (BaseOutput, ModelOutput)):
         items = {name: pack(item) for name, item in value.items()}
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
@@ -160,6 +163,8 @@ def unpack(nesting: Any, parts: list[Tensor]) -> Any:
     """The value that `pack` described; takes its tensors from the front of `parts`."""
     if nesting == "tensor":
         return parts.pop(0)
+    if "gaussian" in nesting:
+        return DiagonalGaussianDistribution(parts.pop(0), nesting["gaussian"])
     if "sequence" in nesting:
         return {"tuple": tuple, "list": list}[nesting["sequence"]](unpack(item, parts) for item in nesting["items"])
     module, _, name = nesting["record"].partition(":")

@@ -25,6 +25,7 @@ class Options:
     columns: tuple[str, ...] = ()  # columns of the data passed to the call, row by row
     autocast: torch.dtype | None = None
     video: Cut = field(default_factory=Cut)  # what is used of the videos that prompts bring
+    offload_trajectory: bool = False  # it waits on the CPU for its replay
 
 
 @dataclass

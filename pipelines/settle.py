@@ -12,7 +12,7 @@ from torch import Tensor
 from mmgrpo.types import Batch, Chunk, Prompt, Trajectory
 from pipelines import arguments
 from pipelines.engine import Engine, probe_batch
-from pipelines.listeners import Stub
+from pipelines.stubs import Stub
 
 ENDS = "the first and last row"
 ALONE = "a step without those before it"

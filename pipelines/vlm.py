@@ -27,8 +27,10 @@ from pipelines.answers import Answers, Options
 from pipelines.conversation import Processor, Reader, Reading
 from pipelines.decoding import Written
 from pipelines.sampling import Sampling
+from pipelines.vocabularies import FORCED
 
 Precision = Literal["float32", "bfloat16", "float16"]
+CODEBOOK = "vqmodel"  # the picture encoder of models that read pictures as tokens of their vocabulary
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that adapters go to by default
 
 
@@ -85,6 +87,10 @@ class LanguagePolicy:
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One answer per row; each depends on the run's seed, its sample id and its prompt alone, up to rounding."""
         written = self.answers.write(batch)
+        return self.trajectory(batch, written), self._samples(batch, written)
+
+    def trajectory(self, batch: Batch, written: Written) -> Trajectory:
+        """Every token of the answers as a decision; trained are those that were chosen."""
         steps = torch.arange(written.token.shape[1])
         mask = steps < written.length.unsqueeze(1)
         if self.drop_truncated:
@@ -92,9 +98,10 @@ class LanguagePolicy:
         record = {"token": written.token, "log_prob": written.log_prob, "length": written.length}
         if written.support is not None:
             record["support"] = written.support
-        return Trajectory(batch, mask, torch.full_like(written.token, KINDS["token"]), record), self._samples(
-            batch, written
-        )
+        if written.vocabulary is not None:
+            record["vocabulary"] = written.vocabulary
+            mask &= written.vocabulary != FORCED
+        return Trajectory(batch, mask, torch.full_like(written.token, KINDS["token"]), record)
 
     def generate(self, batch: Batch) -> Samples:
         """One answer per row, the likeliest token each time."""
@@ -136,9 +143,9 @@ class LanguagePolicy:
 def eyes(model: PreTrainedModel) -> tuple[str, torch.nn.Module] | None:
     """The module that encodes pictures and the last part of its name; None if the model reads text alone."""
     encoder = model.get_encoder(modality="image")
-    if encoder is model or encoder is model.base_model:
-        return None
-    return next((name.rpartition(".")[2], module) for name, module in model.named_modules() if module is encoder)
+    alone = encoder is model or encoder is model.base_model
+    named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    return next((pair for pair in named if (pair[0] == CODEBOOK if alone else pair[1] is encoder)), None)
 
 
 def load(

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import httpx2
 
 PASSING = (408, 409, 425, 429)  # statuses below 500 that may be gone at the next attempt
 Read = Callable[[str], float | None]  # what the text of a reply says; None: it cannot be read
+Body = Callable[[], bytes]  # a request in JSON, written when it is sent, so that few with pictures are in memory
 
 
 class Reply(NamedTuple):
@@ -91,7 +92,7 @@ async def attempt(client: httpx2.AsyncClient, endpoint: Endpoint, body: bytes, r
 
 
 async def ask(
-    client: httpx2.AsyncClient, seats: asyncio.Semaphore, endpoint: Endpoint, body: bytes, read: Read
+    client: httpx2.AsyncClient, seats: asyncio.Semaphore, endpoint: Endpoint, body: Body, read: Read
 ) -> Reply:
     """Ask until there is a score or the attempts are used up."""
     reply = Reply(None)
@@ -99,21 +100,21 @@ async def ask(
         if turn:
             await asyncio.sleep(endpoint.pause * 2 ** (turn - 1))
         async with seats:
-            reply = await attempt(client, endpoint, body, read)
+            reply = await attempt(client, endpoint, await asyncio.to_thread(body), read)
         if reply.score is not None or reply.final:
             break
     return reply
 
 
-async def converse(endpoint: Endpoint, bodies: list[bytes], read: Read) -> list[Reply]:
+async def converse(endpoint: Endpoint, bodies: Sequence[Body], read: Read) -> list[Reply]:
     seats = asyncio.Semaphore(endpoint.concurrency)
     limits = httpx2.Limits(max_connections=endpoint.concurrency)
     async with httpx2.AsyncClient(timeout=None, limits=limits) as client:
         return await asyncio.gather(*(ask(client, seats, endpoint, body, read) for body in bodies))
 
 
-def ask_all(endpoint: Endpoint, bodies: list[bytes], read: Read) -> list[Reply]:
-    """The replies to requests in JSON, in their order; in a thread of its own, as the caller's may have an event loop."""
+def ask_all(endpoint: Endpoint, bodies: Sequence[Body], read: Read) -> list[Reply]:
+    """The replies to requests, in their order; in a thread of its own, as the caller's may have an event loop."""
     work: Coroutine[Any, Any, list[Reply]] = converse(endpoint, bodies, read)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()

@@ -12,6 +12,7 @@ import mimetypes
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from string import Formatter
 from typing import Literal
@@ -22,25 +23,28 @@ from torch import Tensor
 
 from mmgrpo.types import Prompt, Reward, Samples
 from rewards.answers import answer, texts
-from rewards.chat import Endpoint, ask_all, endpoint_url, read_key
-from rewards.pictures import images, pictures
+from rewards.chat import Endpoint, Reply, ask_all, endpoint_url, read_key
+from rewards.pictures import Frames, choose, edits, images, pictures, videos, whole
 
 log = logging.getLogger(__name__)
 FIELDS = {"prompt", "answer", "target"}
 VALUE = r"(?<![\w.])-?(?:\d++(?:\.\d++)?|\.\d++)(?!\w)"
 SCORE = re.compile(rf"(?i:score)(?i:\s{{1,4}}(?:is|of))?[\s\"'*_`:=]{{1,8}}({VALUE})")
-Attach = Literal["none", "prompt", "sample"]
+Attach = Literal["none", "prompt", "sample", "edit"]
+Part = dict[str, object]  # of a message: a text or an image
 
 
 def judge(
     *,
     url: str,
     model: str,
-    template: str,
+    template: str | Mapping[str, str],
     scale: tuple[float, float] = (0.0, 10.0),
+    standard: Mapping[str, tuple[float, float]] | None = None,
     system: str = "",
     tag: str | None = None,
     attach: Attach = "none",
+    frames: Frames = 8,
     key_variable: str = "",
     key_file: Path | None = None,
     timeout: float = 60.0,
@@ -54,13 +58,23 @@ def judge(
     """The judge's number, from `scale` = (worst, best) to [0, 1]; (B,), NaN where it gave none.
 
     `url` is the base, such as http://localhost:8000/v1. `template` names {prompt}, {answer}, the target as {target}; if
-    it does, a prompt without one is NaN. `tag` picks the answer out of the text; no answer, or one longer than `limit`
-    characters, is 0 and not asked about. `attach` sends the image of the prompt or of the sample. `request` holds
-    further fields, such as max_tokens. The number is `read_score`'s. An attempt ends after `timeout` seconds; it is
-    repeated `retries` times, after `pause` seconds, doubled each time, unless the status says that it is no use.
-    Source: pointwise scores of UnifiedReward (arXiv 2503.05236), there x / 5, and 0 for a failure.
+    it does, a prompt without one is NaN. A table of templates gives components of its names, a question each. `tag`
+    picks the answer out of the text; no answer, or one longer than `limit` characters, is the worst and not asked about.
+    `attach` sends the image of the prompt, the image of the sample or else `frames` of its video, or with "edit" those
+    of the source video and of the sample's. `standard` gives each of several templates a mean and a standard deviation
+    in numbers of the scale: its component is then (number - mean) / deviation. `request` holds further fields, such as
+    max_tokens. The number is `read_score`'s. An attempt ends after `timeout` seconds; it is repeated `retries` times,
+    after `pause` seconds, doubled each time, unless the status says that it is no use.
+    Source: pointwise scores of UnifiedReward (arXiv 2503.05236), there x / 5, and 0 for a failure; the standard
+    scores are VideoAlign's (arXiv 2501.13918).
     """
-    named, (low, high) = check_template(template, attach), check_scale(scale)
+    several = not isinstance(template, str)
+    templates = {"": template} if isinstance(template, str) else dict(template)
+    if not templates:
+        raise ValueError("template is empty; expected a text, or a table of at least one")
+    named = {part: check_template(text, attach) for part, text in templates.items()}
+    low, high = check_scale(scale)
+    places = check_standard(standard, templates) if standard else dict.fromkeys(templates, (low, high - low))
     if request and (taken := request.keys() & {"model", "messages", "temperature", "stream"}):
         raise ValueError(f"request sets {sorted(taken)}; expected fields that are no options of their own")
     key = read_key(key_variable, key_file)
@@ -68,24 +82,42 @@ def judge(
     endpoint = Endpoint(endpoint_url(url), headers, timeout, retries + 1, concurrency, pause)
     before = [{"role": "system", "content": system}] if system else []
 
-    def body(question: str, urls: list[str]) -> bytes:
-        messages = [*before, {"role": "user", "content": content(question, urls)}]
-        fields = {"model": model, "temperature": temperature, "messages": messages}
-        return json.dumps({**(request or {}), **fields}).encode()
+    def reward(samples: Samples) -> Tensor | Mapping[str, Tensor]:
+        fine = sound(samples, attach)
+        values = {part: settled(samples, fields, tag, limit, fine, low) for part, fields in named.items()}
+        asked = [(row, part) for row in range(len(samples)) for part in templates if values[part][row] is None]
 
-    def reward(samples: Samples) -> Tensor:
-        values = settled(samples, named, tag, limit, attach)
-        rows = [row for row, value in enumerate(values) if value is None]
-        bodies = [body(question(samples, row, template, tag), attached(samples, row, attach)) for row in rows]
+        @lru_cache(concurrency)  # the questions about a sample follow each other
+        def media(row: int) -> list[Part]:
+            return attached(samples, row, attach, frames)
+
+        def body(row: int, part: str) -> bytes:
+            text = question(samples, row, templates[part], tag)
+            messages = [*before, {"role": "user", "content": content(text, media(row))}]
+            fields = {"model": model, "temperature": temperature, "messages": messages}
+            return json.dumps({**(request or {}), **fields}).encode()
+
+        bodies = [partial(body, row, part) for row, part in asked]
         replies = ask_all(endpoint, bodies, lambda text: read_score(text, low, high))
-        for row, reply in zip(rows, replies, strict=True):
-            values[row] = torch.nan if reply.score is None else (reply.score - low) / (high - low)
-        if problems := Counter(reply.problem for reply in replies if reply.score is None):
-            why = ", ".join(f"{problem} ({count})" for problem, count in sorted(problems.items()))
-            log.warning("judge %s: %d of %d samples have no score: %s", model, problems.total(), len(values), why)
-        return torch.tensor(values, dtype=torch.float32)
+        for (row, part), reply in zip(asked, replies, strict=True):
+            values[part][row] = torch.nan if reply.score is None else reply.score
+        report(model, replies, len(templates) * len(samples), "questions" if several else "samples")
+        scores = {part: placed(values[part], *places[part]) for part in templates}
+        return scores if several else scores[""]
 
     return reward
+
+
+def placed(values: list[float | None], zero: float, unit: float) -> Tensor:
+    """(number - zero) / unit; (B,) float32."""
+    return ((torch.tensor(values, dtype=torch.float64) - zero) / unit).float()
+
+
+def report(model: str, replies: list[Reply], total: int, what: str) -> None:
+    """One line of the log that counts the causes of missing scores, if any is missing."""
+    if problems := Counter(reply.problem for reply in replies if reply.score is None):
+        why = ", ".join(f"{problem} ({count})" for problem, count in sorted(problems.items()))
+        log.warning("judge %s: %d of %d %s have no score: %s", model, problems.total(), total, what, why)
 
 
 # ---- what is asked
@@ -102,8 +134,10 @@ def check_template(template: str, attach: Attach) -> set[str]:
         raise ValueError(
             f"template names {sorted(named)}; expected the plain fields {sorted(FIELDS)}, {{{{ for a brace"
         )
-    if "answer" not in named and attach != "sample":
-        raise ValueError("template names no {answer} and attach is not 'sample': the judge would not see the samples")
+    if "answer" not in named and attach not in ("sample", "edit"):
+        raise ValueError(
+            "template names no {answer} and attach is not 'sample' or 'edit': the judge would not see the samples"
+        )
     return named
 
 
@@ -113,19 +147,43 @@ def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
     return scale
 
 
-def settled(samples: Samples, named: set[str], tag: str | None, limit: int, attach: Attach) -> list[float | None]:
-    """What needs no judge: NaN without a target or with a broken image, 0 without a fit answer; None: ask. B values."""
+def check_standard(
+    standard: Mapping[str, tuple[float, float]], templates: Mapping[str, str]
+) -> Mapping[str, tuple[float, float]]:
+    if standard.keys() != templates.keys() or not all(
+        abs(mean) < float("inf") and 0 < deviation < float("inf") for mean, deviation in standard.values()
+    ):
+        wanted = f"a mean and a deviation above 0 for each template {sorted(templates)}"
+        raise ValueError(f"standard is { {name: list(pair) for name, pair in standard.items()} }; expected {wanted}")
+    return standard
+
+
+def settled(
+    samples: Samples, named: set[str], tag: str | None, limit: int, fine: list[bool], worst: float
+) -> list[float | None]:
+    """What needs no judge: NaN without target or sound media, the worst without a fit answer; None: ask. B values."""
     values: list[float | None] = [None] * len(samples)
     if "answer" in named:
         answers = [answer(text, tag) for text in texts(samples)]
-        values = [0.0 if found is None or len(found) > limit else None for found in answers]
-    if attach == "sample":
-        whole = images(samples).flatten(1).isfinite().all(1).tolist()
-        values = [value if fine else torch.nan for value, fine in zip(values, whole, strict=True)]
+        values = [worst if found is None or len(found) > limit else None for found in answers]
+    values = [value if good else torch.nan for value, good in zip(values, fine, strict=True)]
     if "target" in named:
         absent = [prompt.target is None for prompt in samples.prompts]
         values = [torch.nan if none else value for value, none in zip(values, absent, strict=True)]
     return values
+
+
+def sound(samples: Samples, attach: Attach) -> list[bool]:
+    """Whether what is to be attached has finite pixels throughout; raises ValueError if it is not there."""
+    if attach == "prompt":
+        return [bool(image_files(prompt)) for prompt in samples.prompts]
+    if attach == "edit":
+        video, source = edits(samples)
+        return (whole(video) & whole(source)).tolist()
+    if attach == "sample":
+        clips = samples.image is None and samples.video is not None
+        return whole(videos(samples) if clips else images(samples)).tolist()
+    return [True] * len(samples)
 
 
 def question(samples: Samples, row: int, template: str, tag: str | None) -> str:
@@ -136,41 +194,56 @@ def question(samples: Samples, row: int, template: str, tag: str | None) -> str:
     return template.format(prompt=prompt.text, answer=found, target=target)
 
 
-def attached(samples: Samples, row: int, attach: Attach) -> list[str]:
-    """Data URLs of the images that go with a sample's question."""
+def attached(samples: Samples, row: int, attach: Attach, frames: Frames) -> list[Part]:
+    """What goes with a sample's question: images, and before each of two videos a line that says which it is."""
     if attach == "prompt":
-        return prompt_images(samples.prompts[row])
+        return [image_part(kind, path.read_bytes()) for kind, path in image_files(samples.prompts[row])]
+    if attach == "edit":
+        clips = {"source": samples.source_video, "edited": samples.video}
+        shown = {name: clip_parts(clip, row, frames) for name, clip in clips.items()}
+        lines = {name: f"The {name} video, {len(parts)} frames in their order:" for name, parts in shown.items()}
+        return [part for name, parts in shown.items() for part in (text_part(lines[name]), *parts)]
     if attach == "sample":
-        assert samples.image is not None  # checked by `settled`
-        return [png(picture) for picture in pictures(samples.image[row : row + 1])]
+        image = samples.image
+        return clip_parts(samples.video if image is None else image[:, None], row, frames)
     return []
 
 
-def data_url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def clip_parts(video: Tensor | None, row: int, frames: Frames) -> list[Part]:
+    """Frames of one clip of (B, F, 3, H, W) as PNG."""
+    assert video is not None  # checked by `sound`
+    return [png(picture) for picture in pictures(video[row, choose(video.shape[1], frames)])]
 
 
-def prompt_images(prompt: Prompt) -> list[str]:
-    """The image files of a prompt as they are; raises ValueError if there is none."""
+def image_files(prompt: Prompt) -> list[tuple[str, Path]]:
+    """The image files of a prompt and their kinds; raises ValueError if there is none."""
     paths = prompt.media.get("image", ())
     kinds = [mimetypes.guess_type(path)[0] or "" for path in paths]
     bad = [path for path, kind in zip(paths, kinds, strict=True) if not kind.startswith("image/") or not path.is_file()]
     if bad or not paths:
         found = f"the image {bad[0]}" if bad else "no image"
         raise ValueError(f"prompt {prompt.id} has {found}; attach = 'prompt' expects image files")
-    return [data_url(kind, path.read_bytes()) for kind, path in zip(kinds, paths, strict=True)]
+    return list(zip(kinds, paths, strict=True))
 
 
-def png(picture: Image.Image) -> str:
+def text_part(text: str) -> Part:
+    return {"type": "text", "text": text}
+
+
+def image_part(kind: str, data: bytes) -> Part:
+    """As a data URL."""
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def png(picture: Image.Image) -> Part:
     stream = io.BytesIO()
     picture.save(stream, "PNG")
-    return data_url("image/png", stream.getvalue())
+    return image_part("image/png", stream.getvalue())
 
 
-def content(text: str, urls: list[str]) -> str | list[dict[str, object]]:
+def content(text: str, parts: list[Part]) -> str | list[Part]:
     """A user's message: the text alone, or the text and then the images."""
-    parts: list[dict[str, object]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [{"type": "text", "text": text}, *parts] if urls else text
+    return [text_part(text), *parts] if parts else text
 
 
 # ---- what comes back

@@ -4,13 +4,12 @@ import torch
 from PIL import Image
 from tiny_pipelines.audio_more import audio_ldm2
 from tiny_pipelines.parts import picture
-from tiny_pipelines.policy import DDIM, NAMED
+from tiny_pipelines.policy import NAMED
 
 from mmgrpo.types import Prompt
-from pipelines.arguments import call_arguments, load_media
-from pipelines.engine import Engine
-from pipelines.options import Options
+from pipelines.arguments import call_arguments, load_media, sampling_rate
 from pipelines.source_videos import Cut
+from pipelines.tape import Tape
 
 
 def test_a_file_of_several_frames_is_a_video_and_of_one_frame_a_picture(tmp_path):
@@ -33,4 +32,4 @@ def test_precomputed_inputs_come_in_the_dtype_of_the_pipeline():
 
 
 def test_the_rate_of_sound_is_read_from_a_vocoder_of_another_library_too():
-    assert Engine(audio_ldm2(), Options({}, DDIM))._rate() == 16000
+    assert sampling_rate(Tape(audio_ldm2()).modules) == 16000

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
-from benchmarks import policy_overhead, replay_batching, scaling, speech_step, update_memory, vlm_vs_trl
+from benchmarks import policy_overhead, replay_batching, scaling, speech_step, update_memory, video_memory, vlm_vs_trl
 
 ABOUT = {"benchmark", "device", "dtype", "parameters", "trained_parameters", "rows", "memory/resident_bytes"}
 RATES = {"images_per_second", "tflops", "matrix_share"}
@@ -52,6 +52,16 @@ def test_the_memory_of_an_update_is_measured_at_every_size(last_line):
     assert [(point["samples"], point["decisions"]) for point in found["points"]] == [(2, 2), (4, 2), (2, 3), (4, 3)]
     gradients = 4 * found["trained_parameters"]  # float32
     assert all(point["peak_bytes"] > gradients for point in found["points"])
+
+
+def test_memory_is_flat_in_steps_that_are_not_trained_and_grows_with_those_that_are(last_line):
+    found = last_line(video_memory, "--steps", "4", "8", "--offload")
+    assert [(point["steps"], point["trained"]) for point in found["points"]] == [(4, 2), (8, 2)]
+    assert found["growth"] < 0.05
+    assert len({point["trajectory_bytes"] for point in found["points"]}) == 1
+    few, many = found["all_steps"]
+    assert (few["trained"], many["trained"]) == (3, 7)
+    assert many["peak_bytes"] - few["peak_bytes"] > many["trajectory_bytes"] - few["trajectory_bytes"] > 0
 
 
 @pytest.mark.parametrize("text", [(), ("--text",)], ids=["pictures", "text"])

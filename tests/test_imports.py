@@ -9,8 +9,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"mmgrpo", "pipelines", "rewards"}
 ALLOWED = {"mmgrpo": {"mmgrpo"}, "pipelines": {"pipelines", "mmgrpo"}, "rewards": {"rewards", "mmgrpo"}}
-INNER = ("transitions", "advantages", "objectives", "schedules")
-INNER_MAY = {"mmgrpo.types", "mmgrpo.groups", "mmgrpo.seeds", "torch"}
+INNER = (
+    "transitions",
+    "groups",
+    "comparing",
+    "advantages",
+    "baselines",
+    "credit",
+    "risk",
+    "entropy_clip",
+    "shaping",
+    "objectives",
+    "schedules",
+)
+INNER_MAY = {f"mmgrpo.{name}" for name in ("types", "groups", "seeds", "comparing", "advantages", "credit")} | {"torch"}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 NAMED = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

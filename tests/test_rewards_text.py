@@ -432,7 +432,7 @@ def test_samples_without_text_are_refused():
 
 def test_the_recipe_of_the_readme_for_text_is_accepted():
     readme = (Path(__file__).parent.parent / "rewards" / "README.md").read_text()
-    _, recipe, _ = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    (recipe, *_) = re.findall(r"```toml\n(.*?)```", readme.split("### Text")[1], re.DOTALL)
     tables = tomllib.loads(recipe)["rewards"]
     assert [table["build"] for table in tables] == [
         "rewards.text:numeric",

@@ -4,6 +4,7 @@ Only sizes and paths are overridden; sampler, plan, adapters, advantage, objecti
 """
 
 import json
+import zlib
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from test_rewards_image import open_clip_folder  # noqa: F401 - a fixture
+from test_rewards_judge import Server, reply, server  # noqa: F401 - a fixture
 from tiny_pipelines import ADDITIONAL, PROMPTS, REQUIRED
 from tiny_pipelines.image_flow import sd3_parts
 from tiny_pipelines.parts import clip_text_projected, clip_tokenizer, clip_vision, fresh, picture, t5_tokenizer
@@ -54,6 +57,8 @@ class Case:
     sizes: tuple[str, ...] = ()  # overrides
 
 
+CLIP = ("policy.call.num_frames=5", "policy.call.max_sequence_length=32")
+SOURCE = ("policy.video.frames=5", "policy.video.height=16", "policy.video.width=16")
 CASES = [
     Case("sd35_medium_pickscore", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
     Case("sd35_medium_ocr", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
@@ -61,6 +66,20 @@ CASES = [
     Case("flux_kontext_edit", "FluxKontext", ("policy.call.max_area=256", "policy.call.num_inference_steps=4")),
     Case("qwen_image_lora", "QwenImage", ("policy.call.num_inference_steps=4",)),
     Case("sdxl_ddpo_aesthetic", "StableDiffusionXLEuler", ("policy.call.num_inference_steps=4",)),
+    Case("wan21_1b_t2v_videoalign", "Wan", (*CLIP, "policy.call.num_inference_steps=4")),
+    Case("wan_edit_viva", "LucyEdit", (*CLIP, *SOURCE, "policy.call.num_inference_steps=6")),
+    Case(
+        "hunyuan_video_dance",
+        "HunyuanVideo",
+        (
+            *CLIP,
+            'policy.call.prompt_template={template="{}", crop_start=0}',
+            "policy.call.num_inference_steps=4",
+            "policy.call.sigmas=[1.0, 0.7, 0.4, 0.2]",
+            "policy.plan.count=2",
+            "train.group_size=6",
+        ),
+    ),
 ]
 
 
@@ -77,6 +96,8 @@ ELSEWHERE = {
     "qwen25_vl_7b_video_qa",
     "demo_block_lm",
     "block_lm_sdar_8b",  # in test_shipped_block_lm.py
+    "emu3_interleaved_warmup",  # these two in test_shipped_interleaved.py
+    "emu3_interleaved",
 }
 
 
@@ -110,10 +131,31 @@ def aesthetic_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def places(tmp_path: Path, clip_folder: Path, aesthetic_head: Path) -> dict[str, dict[str, str]]:
+def judge_url(server: Server) -> str:  # noqa: F811
+    """Where a judge answers whose number is made of what it was sent."""
+    server.handle = lambda path, headers, raw: reply(f"Score: {zlib.crc32(raw) % 11}")
+    return server.url
+
+
+@pytest.fixture
+def places(
+    clip_folder: Path,
+    aesthetic_head: Path,
+    open_clip_folder: Path,  # noqa: F811
+    judge_url: str,
+) -> dict[str, dict[str, str]]:
     """Where each reward finds its tiny model."""
     clip, head = str(clip_folder), str(aesthetic_head)
     return {
+        "videoalign": {"url": judge_url},
+        "visual_quality": {"url": judge_url},
+        "viva": {
+            "alignment.model": f"local-dir:{open_clip_folder}",
+            "likeness.model": clip,
+            "preference.model": clip,
+            "preference.processor": clip,
+            **{f"{part}.device": "cpu" for part in ("alignment", "likeness", "preference")},
+        },
         "pickscore": {"model": clip, "processor": clip, "device": "cpu"},
         "aesthetic": {"clip": clip, "head": head, "device": "cpu"},
         "ocr": {},
@@ -121,11 +163,15 @@ def places(tmp_path: Path, clip_folder: Path, aesthetic_head: Path) -> dict[str,
 
 
 def prompts_file(folder: Path) -> Path:
-    """A few prompts with every column that a recipe reads: a picture to edit, a text to draw."""
+    """A few prompts with every column that a recipe reads: a picture and a video to edit, captions, a text to draw."""
     lines = []
     for number, text in enumerate((*PROMPTS, "a green triangle")):
-        picture(number, 16).save(folder / f"{number}.png")
-        lines.append(json.dumps({"prompt": text, "image": f"{number}.png", "target": text[:4]}))
+        still, *later = (picture(number + shift, 16) for shift in (0, 10, 20, 30, 40))
+        still.save(folder / f"{number}.png")
+        still.save(folder / f"{number}_video.png", save_all=True, append_images=later)
+        files = {"image": f"{number}.png", "video": f"{number}_video.png"}
+        captions = {"source_caption": "noise", "edited_caption": text}
+        lines.append(json.dumps({"prompt": text, "target": text[:4], **files, **captions}))
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "prompts.jsonl"
 

@@ -21,7 +21,7 @@ PICTURES = (picture(0), picture(1, height=16, width=32))
 """Of different size, and of different shape."""
 
 
-BEGUN = {f"{name}ForConditionalGeneration" for name in ("Llava", "Gemma3", "Mistral3", "PaliGemma", "Gemma4")}
+BEGUN = {f"{name}ForConditionalGeneration" for name in ("Llava", "Gemma3", "Mistral3", "PaliGemma", "Gemma4", "Emu3")}
 """Their prompts carry a token that begins; template and tokenizer would each write one, unless one is told not to."""
 
 

@@ -83,11 +83,11 @@ class Bench(NamedTuple):
     device: torch.device
 
 
-def options(about: str | None) -> argparse.ArgumentParser:
+def options(about: str | None, sizes: Sequence[str] = tuple(SIZES)) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--size", choices=sizes, default="tiny")
     return parser
 
 
@@ -167,8 +167,9 @@ def started(bench: Bench) -> Run:
 def update(run: Run, trajectory: Trajectory) -> None:
     """The trainer's own update from all rows of a trajectory, under random advantages."""
     values, everything = advantages(trajectory), torch.ones(len(trajectory), dtype=torch.bool)
-    part = trainer.weighed(run, trajectory, values, everything, torch.arange(len(trajectory)))
-    trainer.update(run, trajectory, values, part, fresh=True)
+    judged = trainer.Judged(values, everything, None, torch.zeros_like(values))
+    part = trainer.weighed(run, trajectory, judged, torch.arange(len(trajectory)))
+    trainer.update(run, trajectory, part, fresh=True)
 
 
 def advantages(trajectory: Trajectory) -> Tensor:

@@ -45,7 +45,7 @@ def bare_call(bench: Bench, batch: Batch) -> None:
     engine = bench.policy.engine
     generators = [Generator().manual_seed(int(sample)) for sample in batch.sample]
     asked = arguments.call_arguments(
-        engine.pipeline, batch.prompts, generators, engine.options.call, (), engine.layout.form
+        engine.pipeline, batch.prompts, generators, engine.options.call, (), engine.layout.form, engine.options.video
     )
     engine.pipeline(**asked)
 

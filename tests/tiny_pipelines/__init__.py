@@ -16,7 +16,7 @@ guided_apart     guidance by networks of their own and by guider objects
 cascade          a decoder alone, and with its prior in one pipeline
 image_more       a consistency sampler, a learned variance, embeddings instead of texts
 newer            average velocities, a linear video model
-video_edit       videos from videos, pictures and masks; motion modules; per-token timesteps
+video_edit       videos from videos, instructions, pictures and masks; motion modules; per-token timesteps
 policy           rows as policies
 """
 
@@ -38,7 +38,7 @@ from . import (
 )
 from .record import PROMPTS, Guidance, TinyPipeline
 
-REQUIRED = (*unet.REQUIRED, *image_flow.REQUIRED, *edit.REQUIRED, *video.REQUIRED)
+REQUIRED = (*unet.REQUIRED, *image_flow.REQUIRED, *edit.REQUIRED, *video.REQUIRED, *video_edit.REQUIRED)
 """The parity table."""
 
 ADDITIONAL = (

@@ -56,12 +56,15 @@ def policy_of(
     **options,
 ) -> tuple[DiffusionPolicy, list[Prompt]]:
     diffusers.logging.set_verbosity_error()
-    pipeline = tiny.build().to(dtype)
+    pipeline = tiny.build().to(options.pop("device", "cpu"), dtype)
+    for name in tiny.precise:
+        pipeline.components[name].to(torch.float32)
     call = {**tiny.call, **tiny.switch(guided)}
     call.pop("output_type", None)
     prompts, columns = prompts_of(tiny, folder)
     shapes = {"rollout_rows": rows, "replay_rows": options.pop("replay_rows", rows)}
     shapes["replay_steps"] = options.pop("replay_steps", 1)
+    shapes["offload_trajectory"] = options.pop("offload_trajectory", False)
     engine = Engine(pipeline, Options(call, kernel, columns=columns, **shapes))
     policy = DiffusionPolicy(engine, all_but_last, **options)
     policy.prepare(prompts)

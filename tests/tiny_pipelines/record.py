@@ -45,6 +45,7 @@ class TinyPipeline:
     batched: bool = True  # a list of prompts with one generator per row works
     required: bool = False  # named in the parity table
     unused: tuple[str, ...] = ()  # parts of names of denoiser parameters that no output of the denoiser depends on
+    precise: tuple[str, ...] = ()  # components that the pipeline hands float32, whatever the others compute in
     differentiable: bool = True  # False: the denoiser computes a part of its output without gradient in eval mode
 
     def rows(self, rows: Sequence[int], seeds: Sequence[int], guided: bool = False) -> dict[str, object]:

@@ -246,30 +246,33 @@ row = partial(TinyPipeline, denoisers=("transformer",), kind="video", guidance=s
 REQUIRED = (
     row("Wan", lambda: WanPipeline(**wan_parts()), CLIP, required=True),
     row("LTX", lambda: LTXPipeline(**ltx_parts()), CLIP | {"height": 32, "width": 32}, required=True),
-)
-
-ADDITIONAL = (
-    row("WanTwoExperts", wan_two_experts, CLIP, denoisers=("transformer", "transformer_2")),
     row(
         "WanImageToVideo",
         wan_image_to_video,
         CLIP,
         media=lambda i: {"image": picture(i, 16)},
         batched=False,
+        required=True,
     ),
     row(
         "LTXImageToVideo",
         lambda: LTXImageToVideoPipeline(**ltx_parts()),
         CLIP | {"height": 32, "width": 32},
         media=lambda i: {"image": picture(i, 32)},
+        required=True,
     ),
-    row("CogVideoX", cogvideox, CLIP | {"num_frames": 9}),
+    row("CogVideoX", cogvideox, CLIP | {"num_frames": 9}, required=True),
     row(
         "HunyuanVideo",
         hunyuan_video,
         {**CLIP, "prompt_template": {"template": "{}", "crop_start": 0}},
         guidance=Guidance({"true_cfg_scale": 4.0, "negative_prompt": "blurry"}, {"true_cfg_scale": 1.0}),
+        required=True,
     ),
+)
+
+ADDITIONAL = (
+    row("WanTwoExperts", wan_two_experts, CLIP, denoisers=("transformer", "transformer_2")),
     row(
         "Mochi",
         mochi,

@@ -1,4 +1,4 @@
-"""Videos from videos, pictures and masks; motion modules; per-token timesteps."""
+"""Videos from videos, instructions, pictures and masks; motion modules; per-token timesteps."""
 
 from functools import partial
 
@@ -13,6 +13,7 @@ from diffusers import (
     LattePipeline,
     LatteTransformer3DModel,
     LTXConditionPipeline,
+    LucyEditPipeline,
     MotionAdapter,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -25,7 +26,7 @@ from .image_flow import scale
 from .parts import WIDTH, fresh, image_vae, picture, t5, t5_tokenizer
 from .record import TinyPipeline
 from .unet import sd_parts
-from .video import CLIP, cogvideox, ltx_parts, wan_parts
+from .video import CLIP, cogvideox, ltx_parts, wan_parts, wan_transformer
 
 
 def a_video(row: int) -> dict[str, object]:
@@ -58,6 +59,12 @@ def wan_vace() -> WanVACEPipeline:
         vace_in_channels=2 * 4 + 4 * 4,
     )
     return WanVACEPipeline(**{**flow_wan(), "transformer": transformer})
+
+
+def lucy_edit() -> LucyEditPipeline:
+    """The prompt is an instruction; the source video's latents are further channels beside the noisy ones."""
+    transformer = wan_transformer(in_channels=4 + 4)
+    return LucyEditPipeline(**{**flow_wan(), "transformer": transformer})
 
 
 def cogvideox_image_to_video() -> CogVideoXImageToVideoPipeline:
@@ -134,20 +141,26 @@ def latte() -> LattePipeline:
 row = partial(TinyPipeline, denoisers=("transformer",), kind="video", guidance=scale(4.0))
 FRAMELESS = {name: value for name, value in CLIP.items() if name != "num_frames"}
 
-ADDITIONAL = (
+REQUIRED = (
     row(
         "WanVideoToVideo",
         lambda: WanVideoToVideoPipeline(**flow_wan()),
         {**FRAMELESS, "num_inference_steps": 6, "strength": 0.7},
         media=a_video,
+        required=True,
     ),
     row(
-        "WanControl",
+        "WanVACE",
         wan_vace,
         {**CLIP, "conditioning_scale": 0.7},
         media=a_video,
         batched=False,
+        required=True,
     ),
+    row("LucyEdit", lucy_edit, CLIP, media=a_video, precise=("vae",), required=True),
+)
+
+ADDITIONAL = (
     row(
         "WanTokenTimesteps",
         lambda: WanPipeline(**wan_parts(), expand_timesteps=True),

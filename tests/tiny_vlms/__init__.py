@@ -6,18 +6,19 @@ qwen      tokens follow the picture's size, positions have three parts
 tiled     a picture is cut into tiles
 whole     a picture is scaled to one size
 more      Mistral 3, PaliGemma, Gemma 4
+emu3      Emu3, which writes pictures as well
 text      language models without pictures
 """
 
 from pathlib import Path
 
-from . import more, qwen, text, tiled, whole
+from . import emu3, more, qwen, text, tiled, whole
 from .record import Built, Prompt, TinyVLM
 
 REQUIRED = (*qwen.REQUIRED, *tiled.REQUIRED, *whole.REQUIRED, *text.REQUIRED)
 """The table that every policy must pass."""
 
-ADDITIONAL = (*qwen.ADDITIONAL, *tiled.ADDITIONAL, *more.ADDITIONAL, *text.ADDITIONAL)
+ADDITIONAL = (*qwen.ADDITIONAL, *tiled.ADDITIONAL, *more.ADDITIONAL, *text.ADDITIONAL, *emu3.ADDITIONAL)
 """Other caches, other processors."""
 
 TINY_VLMS = (*REQUIRED, *ADDITIONAL)
