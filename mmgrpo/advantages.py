@@ -106,7 +106,7 @@ def scaled_sum(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advan
 
     Unlike in `gdpo` a reward that hardly varies inside a group weighs little there. Weights 0.6, 1, 1 are published for DNSMOS,
     speaker similarity and SpeechBERTScore. A std up to 1e-6 drops the reward, one up to 1e-8 of the sum the group, as public
-    reimplementations do. The rewards are centred in their group before they are added: nothing changes where all are there, and
+    reimplementations do (RECONSTRUCTED from these). The rewards are centred in their group before they are added: nothing changes where all are there, and
     a missing one counts as the mean of its group.
     """
     scores, group = scores_of(feedback), feedback.group

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmgrpo.comparing import Comparison, as_scores, compared, scores_of, with_spread
+from mmgrpo.comparing import Comparison, as_scores, column_of, compared, scores_of, with_spread
 from mmgrpo.groups import group_centred, within
 from mmgrpo.seeds import derive
 from mmgrpo.types import Advantage, Feedback, require_shape
@@ -146,6 +146,27 @@ def against_log_mean_exp(scores: Tensor, group: Tensor, temperature: float = 1.0
     return within(scores, group, estimate)
 
 
+def optimal_value(scores: Tensor, group: Tensor, temperature: float) -> Tensor:
+    """temperature * log mean exp(score / temperature) over each sample's group: V* of A*-PO's first stage; (B,), (B,) -> (B,)."""
+    _require_positive(temperature=temperature)
+    return scores.double() - against_log_mean_exp(scores, group, temperature)
+
+
+def against_value(*, column: str = "value") -> Comparison:
+    """A*-PO (arXiv 2505.20686, number RECALLED): the reward minus a value of the prompt, from a column of the data.
+
+    The value is `optimal_value` of samples of the reference, made before training (temperature beta_1 = 0.5). One sample of a
+    prompt is enough; every one teaches. The loss is `mmgrpo.contrasts:regressed`.
+    """
+
+    def function(feedback: Feedback) -> Advantage:
+        scores = scores_of(feedback)
+        values = scores.double() - column_of(feedback, column)
+        return compared(as_scores(values, scores), scores, feedback.group)
+
+    return Comparison(function, teaches=lambda feedback: ~feedback.total().isnan())
+
+
 def log_mean_exp(feedback: Feedback, *, temperature: float = 1.0) -> Advantage:
     """The baseline of OPMD (as in arXiv 2509.24203): between the group's mean (hot) and its largest score (cold)."""
     _require_positive(temperature=temperature)
@@ -190,7 +211,8 @@ def whitened(scores: Tensor, lengths: Tensor) -> Tensor:
 def batch_whitened(*, baseline: bool = False) -> Comparison:
     """REINFORCE++ (arXiv 2501.03262): standardized over all decisions of the batch; with `baseline` the group's mean goes first.
 
-    Without it a group of any size teaches, one sample included. The paper's KL in the reward is not part of it.
+    Without it a group of any size teaches, one sample included. Its KL in the reward is
+    loss.kl_in_reward. The form with `baseline` is RECALLED, not read.
     """
 
     def function(feedback: Feedback) -> Advantage:

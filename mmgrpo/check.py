@@ -1,22 +1,25 @@
 """Test that a run would train what its recipe says, before it trains: replay, gradients, objective, rewards."""
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mmgrpo import diagnostics
+from mmgrpo.aggregations import token_mean
 from mmgrpo.comparing import told
 from mmgrpo.data import requests
 from mmgrpo.improve import TOLD, Given, Measured, accumulate
-from mmgrpo.objectives import clip_width, facts
+from mmgrpo.ratios import decision
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
 from mmgrpo.scoring import score
 from mmgrpo.selection import imitated
 from mmgrpo.teaching import learns
-from mmgrpo.types import Batch, Finding, Samples, Trajectory
+from mmgrpo.types import Batch, Evaluation, Finding, Samples, Trajectory
+from mmgrpo.weighting import Clip, narrowest
 
 FEWEST = 2  # prompts that are tried
 LISTED = 32  # trained decisions that are named one by one
@@ -84,16 +87,15 @@ def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
     """Each term of the loss moves the weights, and the objective has what it needs."""
     advantages = torch.ones(trajectory.mask.shape)
     advantages[1::2] = -1
-    weights = run.aggregate(trajectory.mask)
+    weights, evenly = run.aggregate(trajectory.mask), token_mean(trajectory.mask)
     held = run.reference if run.reference.active else None
-    measured = accumulate(
-        run.policy, trajectory, Given(advantages, weights, reward=advantages.clamp(min=0)), run.loss, held
-    )
+    given = Given(advantages, weights, reward=advantages.clamp(min=0), evenly=evenly)
+    measured = accumulate(run.policy, trajectory, given, run.loss, held)
     found = [value.grad for value in run.policy.trainable().values() if value.grad is not None]
     norm = torch.stack([value.norm() for value in found]).norm() if found else torch.zeros(())
     for value in run.policy.trainable().values():
         value.grad = None
-    missing = [name for name in facts(run.loss.objective).needs if name not in {*measured.values, *TOLD}]
+    missing = [name for name in run.loss.needs if name not in {*measured.values, *TOLD}]
     worst = float(torch.where(trajectory.mask, measured.values["log_ratio"], 0).abs().max())
     return [
         Finding(not missing, "objective", f"lacks {missing}" if missing else "has every field that it needs"),
@@ -108,11 +110,11 @@ def sampler_noise(run: Run, trajectory: Trajectory, measured: Measured) -> list[
     if "sampler_gap" not in measured.values:
         return []
     gap, mask = torch.where(trajectory.mask, measured.values["sampler_gap"], 0), trajectory.mask
-    if facts(run.loss.objective).couples == "sample":  # whose ratio is that of a mean
-        gap, mask = gap.sum(1) / mask.sum(1).clamp(min=1), mask.any(1)
-    noise, width = float(diagnostics.masked_mean(gap.abs(), mask)), clip_width(run.loss.objective)
+    width, level = narrowest(run.loss.objective) or Clip(math.inf, decision)
+    moved = level(Evaluation(gap, sampler_gap=torch.zeros_like(gap), mask=mask))
+    noise = float(diagnostics.masked_mean(moved.abs(), mask))
     said = f"its log-probs differ from the replay's by {noise:.1e} nats on average"
-    if width is None or noise < width:
+    if noise < width:
         return [Finding(True, "sampler", said)]
     wanted = "expected more: widen objective.low and objective.high, or sample in a finer dtype"
     return [Finding(False, "sampler", f"{said}, the objective clips at {width:g}; {wanted}")]

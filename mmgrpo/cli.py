@@ -98,6 +98,22 @@ def evaluate(
         Console().print(f"{name} {value:.6g}", markup=False)
 
 
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Such as dapo; without it, all of them.")] = None) -> None:
+    """The catalogue of methods: what each changes, what it needs, its part of a recipe."""
+    from rich.table import Table
+
+    from mmgrpo.methods import catalogue, definition, needs
+
+    if name is not None:
+        Console().print(definition(name), markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table("method", "changes", "needs", "status", "paper", title='recipe line: method = "NAME"')
+    for one, method in catalogue().items():
+        table.add_row(one, method.changes, ", ".join(needs(method)), method.status, method.paper)
+    Console().print(table)
+
+
 def load_recipe(name: str, overrides: Sequence[str] | None) -> "Recipe":
     """Read and check a recipe by path or shipped name; raises RecipeError."""
     from mmgrpo.recipe import load

@@ -99,3 +99,14 @@ def compared(values: Tensor, scores: Tensor, group: Tensor) -> Advantage:
         "without_opinion": 1 - float(keep.double().mean()),
     }
     return Advantage(torch.where(keep, values, 0), keep, metrics)
+
+
+def column_of(feedback: Feedback, name: str) -> Tensor:
+    """A number of every prompt, (B,) float64; raises ValueError naming the column."""
+    found = [prompt.columns.get(name) for prompt in feedback.prompts]
+    odd = [value for value in found if isinstance(value, bool) or not isinstance(value, int | float)]
+    if odd or not found:
+        raise ValueError(
+            f"the advantage needs a number in the column {name!r} of every prompt; got {odd[:1] or 'no prompts'}"
+        )
+    return torch.tensor(found, dtype=torch.float64)

@@ -1,9 +1,22 @@
-"""The descent itself: the gradient's norm is bounded, the optimizer takes its step, averages follow."""
+"""The descent itself: the gradient's norm is bounded, the optimizer takes its step, averages and the entropy's bonus follow."""
+
+from dataclasses import replace
 
 import torch
 
-from mmgrpo.improve import NonFiniteError
-from mmgrpo.run import Run
+from mmgrpo.entropy import adapted, applied, mean_entropy
+from mmgrpo.improve import Given, Loss, Measured, NonFiniteError
+from mmgrpo.ratios import masked
+from mmgrpo.run import Run, adaptation
+from mmgrpo.types import Evaluation
+from mmgrpo.weighting import selection
+
+
+def today(run: Run) -> Loss:
+    """The loss with the weight that the entropy has in the coming update."""
+    if run.loss.entropy_weight is None:
+        return run.loss
+    return replace(run.loss, entropy_weight=applied(run.bonus, adaptation(run.recipe)))
 
 
 def clip_gradient(run: Run) -> float:
@@ -26,3 +39,17 @@ def step(run: Run) -> None:
     run.reference.after_update()
     if run.average is not None:
         run.average.follow(run.recipe.ema.decay)
+
+
+def follow_entropy(run: Run, measured: Measured, given: Given) -> dict[str, float]:
+    """Adapt the weight of the entropy's bonus to what an update showed; -> metrics: the weight that it had, the mean."""
+    if run.loss.entropy_weight is None:
+        return {}
+    assert given.evenly is not None  # the trainer sets it for such a loss
+    how = adaptation(run.recipe)
+    found = masked(Evaluation(measured.values["log_ratio"], entropy=measured.values["entropy"]), given.weights.ne(0))
+    mean = float(mean_entropy(found, given.advantages, given.evenly, selection(run.loss.objective)))
+    metrics = {"update/entropy_weight": applied(run.bonus, how), "update/entropy_mean": mean}
+    if how is not None:
+        run.bonus = adapted(run.bonus, mean, how)
+    return metrics

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmgrpo import diagnostics
 from mmgrpo.comparing import teaching, told
 from mmgrpo.data import choose, requests
+from mmgrpo.improve import evaluate
 from mmgrpo.journal import Stopwatch
 from mmgrpo.run import Run
 from mmgrpo.scoring import score
@@ -56,6 +57,27 @@ def gather(run: Run, phases: Stopwatch) -> Gathered:
     rows = first_that_teach(teaching(run.compare, judged), judged.group, options.prompts)
     whole = joined_trajectory([trajectory for trajectory, _ in parts])
     return Gathered(whole.take(rows), take_feedback(judged, rows), judged, metrics)
+
+
+def held_back(run: Run, gathered: Gathered) -> Feedback:
+    """The feedback of what is trained on, less loss.kl_in_reward * log pi_old / pi_ref of each sample (the estimate k1).
+
+    As RLOO (arXiv 2402.14740) and REINFORCE++ (arXiv 2501.03262) hold to a reference, before the advantage; here as a further
+    component "kl_to_reference", the sum over a sample's trained decisions, which an advantage that standardizes every reward
+    treats as one of them. Rewards of parts stay as they are. Costs a replay without gradient.
+    """
+    feedback, weight = gathered.feedback, run.recipe.loss.kl_in_reward
+    if not weight:
+        return feedback
+    away = evaluate(run.policy, gathered.trajectory, run.reference).to_reference
+    assert away is not None  # there is a reference, the recipe was checked
+    whole = torch.where(gathered.trajectory.mask, away.cpu(), 0).sum(1).float()
+    judged = torch.where(feedback.total().isnan(), torch.nan, whole)
+    gathered.metrics["rollout/kl_to_reference"] = float(judged.nanmean())
+    name = "kl_to_reference"
+    if name in feedback.rewards:
+        raise ValueError(f"a reward is named {name!r}; expected another name beside loss.kl_in_reward, which adds one")
+    return replace(feedback, rewards={**feedback.rewards, name: judged}, weights={**feedback.weights, name: -weight})
 
 
 def next_batch(run: Run) -> Batch:

@@ -12,9 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmgrpo.aggregations import weighted_sum
+from mmgrpo.entropy import Band, mean_entropy, outside
+from mmgrpo.facts import facts
 from mmgrpo.kl import KL
-from mmgrpo.objectives import Objective, facts, masked, weighted_sum
+from mmgrpo.objectives import Objective
+from mmgrpo.ratios import masked
 from mmgrpo.types import Chunk, Evaluation, Policy, Reference, Trajectory, require_shape, same_shape
+from mmgrpo.weighting import selection
 
 TOLD = ("kind", "group", "reward")  # fields of an evaluation that no policy computes
 CONSTANTS = ("sampler_gap", "step_std", "dt", "mask", *TOLD)  # fields of an evaluation that carry no gradient
@@ -26,25 +31,53 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Loss:
-    """objective + kl_weight * kl + anchor_weight * -log p of what is imitated, each a weighted sum over trained decisions."""
+    """The terms of a loss, each times its weight and summed over trained decisions.
+
+    A weight without gradient around the objective concerns the objective alone: not the KL, not the denominators.
+    """
 
     objective: Objective
     kl: KL | None = None
     kl_weight: float = 0.0
-    anchor_weight: float = 0.0  # LightningRL's NLL on correct samples (arXiv 2603.13319)
+    anchor_weight: float = 0.0  # of -log p of what is imitated: LightningRL's NLL on correct samples (arXiv 2603.13319)
+    entropy_weight: float | None = None  # of -the mean entropy; None: there is no such term
+    band: Band | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of the evaluation that are asked for, beyond the log-ratio and those of the KL."""
+        further = {"entropy": self.entropy_weight is not None, "log_prob": self.band is not None}
+        return (*facts(self.objective).needs, *(name for name, asked in further.items() if asked))
+
+    @property
+    def refers(self) -> bool:
+        """Whether a reference is asked for."""
+        return self.kl_weight > 0 or "to_reference" in self.needs
+
+    @property
+    def every(self) -> bool:
+        """Whether samples of advantage 0 matter."""
+        held = self.kl_weight > 0 or self.entropy_weight is not None or self.band is not None
+        return held or facts(self.objective).every
 
     def whole(self, policy: Policy) -> bool:
-        """Whether the objective joins decisions that a chunk of the policy's replay may not hold together."""
-        couples = facts(self.objective).couples
+        """Whether the loss joins decisions that a chunk of the policy's replay may not hold together."""
+        couples = "batch" if self.band is not None else facts(self.objective).couples
         return couples == "batch" or (couples == "sample" and not policy.whole_samples)
 
     def terms(self, evaluation: Evaluation, given: "Given") -> dict[str, Tensor]:
         """The named terms, each a scalar."""
-        terms = {"objective": weighted_sum(self.objective(evaluation, given.advantages), given.weights)}
+        counted = evaluation if given.imitate is None else masked(evaluation, given.weights.ne(0))
+        terms = {"objective": weighted_sum(self.objective(counted, given.advantages), given.weights)}
         if self.kl is not None and self.kl_weight:
             terms["kl"] = self.kl_weight * weighted_sum(self.kl(evaluation), given.weights)
         if self.anchor_weight and given.imitate is not None:  # log_ratio stands for log p: the gradient is the same
             terms["anchor"] = self.anchor_weight * weighted_sum(-evaluation.log_ratio, given.imitate)
+        if self.entropy_weight and given.evenly is not None:
+            mean = mean_entropy(counted, given.advantages, given.evenly, selection(self.objective))
+            terms["entropy"] = -self.entropy_weight * mean
+        if self.band is not None and given.evenly is not None:
+            terms["band"] = self.band.weight * outside(evaluation, given.evenly, self.band)
         return terms
 
 
@@ -55,10 +88,11 @@ class Given(NamedTuple):
     weights: Tensor  # the reduction, 0 where a decision is not trained
     imitate: Tensor | None = None  # the reduction of the anchor, 0 where a decision is not imitated
     reward: Tensor | None = None  # the total reward of the decision's sample
+    evenly: Tensor | None = None  # the mean over the update's decisions, for terms of the entropy
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Given":
         """Every tensor changed."""
-        further = (None if value is None else change(value) for value in (self.imitate, self.reward))
+        further = (None if value is None else change(value) for value in self[2:])
         return Given(change(self.advantages), change(self.weights), *further)
 
     def used(self) -> Tensor:
@@ -129,7 +163,7 @@ def accumulate(
     `fresh`: today's weights are those that sampled, so every log-ratio is known to be 0 without a forward.
     """
     same_shape(mask=trajectory.mask, advantages=given.advantages, weights=given.weights)
-    held = reference if loss.kl_weight else None
+    held = reference if loss.refers else None
     measured = Measured()
     whole = whole_slopes(policy, trajectory, given, loss, held, fresh) if loss.whole(policy) else None
 
@@ -158,7 +192,7 @@ def whole_slopes(
     fresh: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Slopes over the whole trajectory at once; costs a replay without gradient, except of the log-ratio alone when fresh."""
-    if fresh and reference is None and not {*facts(loss.objective).needs} - {*TOLD}:
+    if fresh and reference is None and not {*loss.needs} - {*TOLD}:
         evaluation = Evaluation(torch.zeros(trajectory.mask.shape))
     else:
         evaluation = evaluate(policy, trajectory, reference)

@@ -1,56 +1,77 @@
-"""Losses of single decisions, and the weights that add them up.
+"""Losses of single decisions: (evaluation, advantages (B, S), *, options) -> (B, S).
 
-An objective is (evaluation, advantages (B, S), *, options) -> (B, S) losses. An aggregation is (mask (B, S), *, options) ->
-(B, S) weights. The loss of an update is
-
-    weighted_sum(objective(masked(evaluation, mask), advantages), aggregation(mask, keep=keep, total=total))
-
-where `total` is the denominator of the whole update, the sum of `denominator(aggregation, mask, keep)` over its micro-batches
-and ranks, so that parts add up to one large batch. Untrained decisions may hold anything: `masked` empties them before a loss
-sees them and `weighted_sum` selects, so neither the value nor the gradient can meet them.
-The ratio is exp(log_ratio); on the first update after a rollout it is 1 and the gradient -advantage * grad log pi.
-Clip widths are for the reduction of the log-ratio at hand: about 0.2 for tokens, 1e-6 to 1e-3 for means over latents.
-Axes: B samples, S decisions.
+Named methods are `partial`s that show which factor differs: a ratio's level (mmgrpo/ratios.py), a clip width, a mixing. How
+losses are added up is mmgrpo/aggregations.py; weights without gradient are mmgrpo/weighting.py; objectives on stale data
+mmgrpo/off_policy.py; those that compare the samples of a prompt themselves mmgrpo/contrasts.py.
+Untrained decisions may hold anything: `ratios.masked` empties them before a loss sees them and `aggregations.weighted_sum`
+selects, so neither the value nor the gradient can meet them. The ratio is exp(log_ratio); on the first update after a rollout it
+is 1 and the gradient -advantage * grad log pi. Clip widths are for the reduction of the log-ratio at hand: about 0.2 for tokens,
+1e-6 to 1e-3 for means over latents. Axes: B samples, S decisions.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmgrpo.types import KINDS, Evaluation, require_shape, same_shape
+from mmgrpo.facts import Facts
+from mmgrpo.groups import group_std
+from mmgrpo.ratios import (
+    Level,
+    decision,
+    of_samples,
+    required,
+    sample_mean,
+    sample_mean_token,
+    sample_sum,
+    trained,
+)
+from mmgrpo.types import Evaluation, same_shape
 
 Objective = Callable[[Evaluation, Tensor], Tensor]
-Aggregation = Callable[..., Tensor]
-Level = Literal["decision", "sample", "batch"]  # what an objective must see together
-LEVELS: tuple[Level, ...] = ("decision", "sample", "batch")
-
-
-def masked(evaluation: Evaluation, mask: Tensor) -> Evaluation:
-    """The evaluation with 0 in the decisions that are not trained, without gradient to them; mask (B, S) bool."""
-    same_shape(**{"mask": mask} | evaluation.tensors())
-    trained = {name: torch.where(mask, value, 0) for name, value in evaluation.tensors().items() if name != "mask"}
-    return Evaluation(**trained, mask=mask)
-
-
-# Objectives
+LARGEST = 20.0  # log-ratio beyond which gates that are flat there are not asked
 
 
 def clipped(
-    evaluation: Evaluation, advantages: Tensor, *, low: float = 0.2, high: float = 0.2, ceiling: float | None = None
+    evaluation: Evaluation,
+    advantages: Tensor,
+    *,
+    level: Level = decision,
+    low: float = 0.2,
+    high: float = 0.2,
+    ceiling: float | None = None,
 ) -> Tensor:
     """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), PPO's clip as in GRPO (arXiv 2402.03300, eq. 3); -> (B, S).
 
-    high > low is DAPO's clip-higher (arXiv 2503.14476). `ceiling` > 1 + high also bounds the ratio where A < 0 (two-sided
-    clip, INTELLECT-2, arXiv 2505.07291).
+    `level` says whose ratio it is; a sample's gives every decision the sample's loss, for `seq_mean` to add up. `ceiling` >
+    1 + high also bounds the ratio where A < 0.
     """
     same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
-    return _clipped(evaluation.log_ratio, advantages, low, high, ceiling)
+    floor, roof = log_widths(low, high)
+    if ceiling is not None and ceiling <= 1 + high:
+        raise ValueError(f"ceiling is {ceiling}; expected more than 1 + high = {1 + high}")
+    top = None if ceiling is None else math.log(ceiling)
+    bounded = pessimistic(level(evaluation), advantages, floor, roof, top)
+    return -advantages * bounded.exp()
+
+
+# DAPO, arXiv 2503.14476: clip-higher; `token_mean`.
+dapo = partial(clipped, low=0.2, high=0.28)
+# NGRPO (arXiv 2509.18851, the id is not confirmed): a tighter clip below; `token_mean`.
+ngrpo = partial(clipped, low=0.16, high=0.24)
+# INTELLECT-2, arXiv 2505.07291, the dual clip of PPO: a runaway ratio with A < 0 is bounded too.
+two_sided = partial(clipped, ceiling=4.0)
+# GSPO, arXiv 2507.18071, eq. 5: the ratio of a sample is exp of its mean log-ratio; `seq_mean`.
+gspo = partial(clipped, level=sample_mean, low=3e-4, high=4e-4)
+# GSPO-token, eq. 14: for advantages per decision; `seq_mean`.
+gspo_token = partial(clipped, level=sample_mean_token, low=3e-4, high=4e-4)
+# LUSPO, arXiv 2602.05261: GSPO times the length of the sample, which is `constant` with length 1.
+luspo = partial(clipped, level=sample_mean, low=2e-3, high=2.5e-3)
+# RLOO, arXiv 2402.14740: the ratio of the sample as a whole; `seq_mean`.
+rloo = partial(clipped, level=sample_sum)
 
 
 def reinforce(evaluation: Evaluation, advantages: Tensor) -> Tensor:
@@ -67,36 +88,18 @@ def guarded(
     log ratio' = step_std * (log_ratio + drift), linear in the move of the mean. `scale_by_dt` divides the loss by the length
     of the step, as the paper and the authors' code do. All reductions over event dimensions are means.
     """
-    drift, std, dt = (_required(evaluation, name) for name in FACTS[guarded].needs)
+    drift, std, dt = (required(evaluation, name) for name in FACTS[guarded].needs)
     same_shape(log_ratio=evaluation.log_ratio, drift=drift, step_std=std, dt=dt, advantages=advantages)
-    loss = _clipped(std * (evaluation.log_ratio + drift), advantages, low, high, None)
+    moved = replace(evaluation, log_ratio=std * (evaluation.log_ratio + drift))
+    loss = clipped(moved, advantages, low=low, high=high)
     return loss / torch.where(dt > 0, dt, 1) if scale_by_dt else loss
-
-
-def gspo(evaluation: Evaluation, advantages: Tensor, *, low: float = 3e-4, high: float = 4e-4) -> Tensor:
-    """GSPO (arXiv 2507.18071, eq. 5): PPO's clip of a sample's own ratio, exp of its mean log-ratio; -> (B, S).
-
-    Every decision of a sample has the sample's loss: add them up with `seq_mean`, `token_mean` would weight by length.
-    """
-    same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
-    return _clipped(sample_mean(evaluation), advantages, low, high, None)
-
-
-def gspo_token(evaluation: Evaluation, advantages: Tensor, *, low: float = 3e-4, high: float = 4e-4) -> Tensor:
-    """GSPO-token (arXiv 2507.18071, eq. 14): the value of `gspo`, the gradient through each decision's own log-prob; -> (B, S).
-
-    Equal to `gspo` where the advantages of a sample are; meant for advantages per decision.
-    """
-    own = evaluation.log_ratio
-    same_shape(log_ratio=own, advantages=advantages)
-    return _clipped(sample_mean(evaluation).detach() + own - own.detach(), advantages, low, high, None)
 
 
 def cispo(evaluation: Evaluation, advantages: Tensor, *, cap: float = 5.0) -> Tensor:
     """CISPO (arXiv 2506.13585, eq. 4): -A * log pi under the weight min(ratio, cap), which carries no gradient; -> (B, S).
 
     No lower bound, as MiniMax uses it and ScaleRL (arXiv 2510.13786) recommends with a cap of 5. log_ratio stands for
-    log pi: the gradient is the same, the value of the loss is another.
+    log pi: the gradient is the same, the value of the loss is another. Published with `token_mean`.
     """
     if cap <= 0:
         raise ValueError(f"cap is {cap}; expected a positive bound of the ratio")
@@ -105,213 +108,177 @@ def cispo(evaluation: Evaluation, advantages: Tensor, *, cap: float = 5.0) -> Te
     return -weight * advantages * evaluation.log_ratio
 
 
-def sample_mean(evaluation: Evaluation) -> Tensor:
-    """The mean log-ratio of a sample's trained decisions, at each of its decisions; (B, S)."""
-    trained = _trained(evaluation)
-    total = torch.where(trained, evaluation.log_ratio, 0).sum(1, keepdim=True)
-    return (total / trained.sum(1, keepdim=True).clamp(min=1)).expand_as(trained)
-
-
-# Weights that carry no gradient and leave the denominators alone
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """An objective whose losses are multiplied by a weight without gradient."""
-
-    objective: Objective
-    weight: Callable[[Evaluation], Tensor]  # -> (B, S)
-    needs: tuple[str, ...]
-    couples: Level
-
-    def __call__(self, evaluation: Evaluation, advantages: Tensor) -> Tensor:
-        return self.objective(evaluation, advantages) * self.weight(evaluation).detach()
-
-
-def sampler_corrected(
+def sapo(
+    evaluation: Evaluation,
+    advantages: Tensor,
     *,
-    objective: Objective = clipped,
-    cap: float = 2.0,
-    floor: float | None = None,
-    mode: Literal["truncate", "mask"] = "truncate",
-    level: Literal["decision", "sample"] = "decision",
-) -> Weighted:
-    """An objective for decisions that were sampled by other kernels than the replay's: times pi_replay / pi_sampler.
+    level: Level = decision,
+    positive: float = 1.0,
+    negative: float = 1.05,
+) -> Tensor:
+    """SAPO (arXiv 2511.20347): -A * (4 / tau) * sigmoid(tau * (ratio - 1)), tau by the sign of A; -> (B, S), `seq_mean`.
 
-    Both under the weights that sampled, from the policy's `sampler_gap`; the product over a sample's decisions if `level`
-    is "sample". "truncate" limits the weight to [floor, cap] (TIS), "mask" makes it 0 outside (MIS, arXiv 2510.18855).
+    The gradient's weight is 1 at a ratio of 1 and falls to 0 on both sides. A = 0 has the temperature `negative`.
     """
-    if cap < 1 or (floor is not None and not 0 < floor <= 1):
-        raise ValueError(f"cap and floor are {cap} and {floor}; expected at least 1, and at most 1 or none")
-    weight = partial(sampler_weight, cap=cap, floor=floor or 0.0, mode=mode, level=level)
-    return Weighted(objective, weight, ("sampler_gap",), "sample" if level == "sample" else "decision")
+    if positive <= 0 or negative <= 0:
+        raise ValueError(f"positive and negative are {positive} and {negative}; expected positive temperatures")
+    same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
+    tau = torch.where(advantages > 0, positive, negative).to(advantages)
+    gate = (tau * torch.expm1(level(evaluation).clamp(max=LARGEST))).sigmoid()
+    return -4 / tau * gate * advantages
 
 
-def sampler_weight(evaluation: Evaluation, *, cap: float, floor: float, mode: str, level: str) -> Tensor:
-    """exp of the sampler's gap, of one decision or of a sample's sum, limited to [floor, cap] or 0 outside; (B, S)."""
-    gap = _required(evaluation, "sampler_gap")
-    weight = (gap.sum(1, keepdim=True).expand_as(gap) if level == "sample" else gap).exp()
-    if mode == "truncate":
-        return weight.clamp(floor, cap)
-    return torch.where((weight >= floor) & (weight <= cap), weight, 0)
+def gmpo(
+    evaluation: Evaluation,
+    advantages: Tensor,
+    *,
+    low: float = 0.4,
+    high: float = 0.4,
+    choose: Callable[[Evaluation, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """GMPO (arXiv 2507.20673): -A * the geometric mean of a sample's ratios, each clipped in log space; -> (B, S), `seq_mean`.
 
-
-def top_entropy(*, objective: Objective = clipped, share: float = 0.2) -> Weighted:
-    """An objective on the decisions of highest entropy alone (arXiv 2506.01939): the top `share` of an update's decisions.
-
-    The others weigh 0 and stay in the denominators.
+    `low` and `high` are nats. A clipped decision counts in the mean and is not pulled on. `choose` gives the decisions that
+    the mean is over, as `weighting.in_top_share` does: here an entropy mask enters the mean and its count.
     """
+    same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
+    if low <= 0 or high <= 0:
+        raise ValueError(f"low and high are {low} and {high}; expected positive clip widths, in nats")
+    among = trained(evaluation)
+    if choose is not None:
+        among = among & (choose(evaluation, advantages) > 0)
+    kept = pessimistic(evaluation.log_ratio, advantages, -low, high)
+    return -advantages * sample_mean(replace(evaluation, log_ratio=kept, mask=among)).exp()
+
+
+def vespo(
+    evaluation: Evaluation,
+    advantages: Tensor,
+    *,
+    level: Level = sample_sum,
+    powers: tuple[float, float] = (2.0, 3.0),
+    rates: tuple[float, float] = (3.0, 2.0),
+) -> Tensor:
+    """VESPO (arXiv 2602.10693): -A * log pi under the weight W^k * exp(rate * (1 - W)), W a sample's ratio; -> (B, S).
+
+    k and rate are (of A >= 0, of A < 0); the weight carries no gradient, is 1 at W = 1 and largest at W = k / rate. With the
+    level `sample_sum_from_sampler` W also holds the sampler's own deviation, which is then not to be corrected again.
+    log_ratio stands for log pi. Published with `token_mean`. Where the authors' code drops a weight that is not finite, this
+    one shows it in the loss.
+    """
+    same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
+    limited = replace(evaluation, log_ratio=evaluation.log_ratio.detach().clamp(-LARGEST, LARGEST))
+    log_ratio = level(limited).clamp(math.log(1e-8), LARGEST)
+    good = advantages >= 0
+    power, rate = (torch.where(good, *values).to(advantages) for values in (powers, rates))
+    weight = (power * log_ratio - rate * torch.expm1(log_ratio)).exp()
+    return -weight.detach() * advantages * evaluation.log_ratio
+
+
+def hybrid(
+    evaluation: Evaluation,
+    advantages: Tensor,
+    *,
+    mixing: Callable[[Evaluation], Tensor],
+    low: float = 0.2,
+    high: float = 0.2,
+    sample_low: float = 3e-4,
+    sample_high: float = 4e-4,
+) -> Tensor:
+    """DHPO (arXiv 2601.05607): -A * (w * own ratio + (1 - w) * the sample's ratio), each clipped for itself; -> (B, S).
+
+    `mixing` gives w, (B, S) in [0, 1] without gradient: 1 is `clipped`, 0 is `gspo`. `seq_mean`. PARTIAL: that each is
+    clipped before they are mixed is confirmed, the widths (those of GRPO and GSPO) are not.
+    """
+    same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
+    share = mixing(evaluation).detach()
+    own = clipped(evaluation, advantages, low=low, high=high)
+    whole = clipped(evaluation, advantages, level=sample_mean, low=sample_low, high=sample_high)
+    return share * own + (1 - share) * whole
+
+
+def even(evaluation: Evaluation, *, share: float = 0.5) -> Tensor:
+    """The same share of the decision's own ratio everywhere; (B, S)."""
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; expected a number in [0, 1]")
-    return Weighted(objective, partial(in_top_share, share=share), ("entropy",), "batch")
+    return torch.full_like(evaluation.log_ratio, share)
 
 
-def in_top_share(evaluation: Evaluation, *, share: float) -> Tensor:
-    """1 where the entropy reaches the (1 - share) quantile of all trained decisions, linearly interpolated; (B, S)."""
-    entropy, trained = _required(evaluation, "entropy").detach(), _trained(evaluation)
-    if not trained.any():
-        return torch.zeros_like(entropy)
-    ordered = entropy[trained].sort().values  # torch.quantile refuses more than 2^24 values
-    place = (1 - share) * (len(ordered) - 1)
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return (trained & (entropy >= torch.lerp(low, high, place - math.floor(place)))).to(entropy.dtype)
+def by_entropy(evaluation: Evaluation, *, invert: bool = False) -> Tensor:
+    """A decision's entropy over the largest of its sample's, 0 where all are 0; (B, S) in [0, 1].
+
+    RECONSTRUCTED: the normaliser, and that decisions of high entropy have the larger share of their own ratio; `invert` is
+    the other direction.
+    """
+    entropy = torch.where(trained(evaluation), required(evaluation, "entropy").detach(), 0).clamp(min=0)
+    largest = entropy.amax(1, keepdim=True)
+    share = entropy / torch.where(largest > 0, largest, 1)
+    return 1 - share if invert else share
 
 
-@dataclass(frozen=True)
-class ByKind:
-    """An objective for each kind of decision, and its weight."""
-
-    parts: Mapping[int, tuple[Objective, float]]  # number in KINDS -> objective, weight
-
-    def __call__(self, evaluation: Evaluation, advantages: Tensor) -> Tensor:
-        kind, trained = _required(evaluation, "kind"), _trained(evaluation)
-        losses = [
-            weight
-            * torch.where(kind == number, objective(masked(evaluation, trained & (kind == number)), advantages), 0)
-            for number, (objective, weight) in self.parts.items()
-        ]
-        return torch.stack(losses).sum(0)
+dhpo = partial(hybrid, mixing=even)  # averaged
+dhpo_guided = partial(hybrid, mixing=by_entropy)
 
 
-def by_kind(
-    *, step: Objective = clipped, token: Objective = clipped, step_weight: float = 1.0, token_weight: float = 1.0
-) -> ByKind:
-    """Denoising steps and tokens of one trajectory, each with its own objective (clip widths differ by 1e3) and weight."""
-    return ByKind({KINDS["step"]: (step, step_weight), KINDS["token"]: (token, token_weight)})
+def elastic(
+    evaluation: Evaluation,
+    advantages: Tensor,
+    *,
+    level: Level = decision,
+    low: float = 0.2,
+    high: float = 0.2,
+    by_advantage: float = 0.5,
+    by_spread: float = 0.5,
+    least: float = 0.05,
+    most: float = 0.5,
+    reward_range: float = 1.0,
+) -> Tensor:
+    """ETR (arXiv 2601.03723): PPO's clip, wider for a large |A| and for groups that are often both right and wrong; -> (B, S).
+
+    RECONSTRUCTED: only these two dependencies are confirmed. width * (1 + by_advantage * (2 m - 1)) * (1 + by_spread * (2 v - 1))
+    within [least, most], m = |A| / (1 + |A|), v = 4 * the variance of the group's rewards over reward_range^2, at most 1: 4 p (1 - p)
+    of a pass rate p. With both at 0 it is `clipped`.
+    """
+    if not 0 < least <= most < 1:
+        raise ValueError(f"least and most are {least} and {most}; expected 0 < least <= most < 1")
+    same_shape(log_ratio=evaluation.log_ratio, advantages=advantages)
+    size = advantages.abs() / (1 + advantages.abs())
+    rewards = torch.where(trained(evaluation).any(1), of_samples(evaluation, "reward"), torch.nan)
+    spread = 4 * group_std(rewards, of_samples(evaluation, "group"), ddof=0).square() / reward_range**2
+    spread = spread.clamp(max=1).to(size).unsqueeze(1)
+    wider = (1 + by_advantage * (2 * size - 1)) * (1 + by_spread * (2 * spread - 1))
+    below, above = ((width * wider).clamp(least, most) for width in (low, high))
+    bounded = pessimistic(level(evaluation), advantages, torch.log1p(-below), torch.log1p(above))
+    return -advantages * bounded.exp()
 
 
-class Facts(NamedTuple):
-    """What must be known of an objective before it is computed."""
+def pessimistic(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    floor: float | Tensor,
+    roof: float | Tensor,
+    ceiling: float | None = None,
+) -> Tensor:
+    """The log-ratio up to `roof` where A >= 0, which gains nothing above, and from `floor` to `ceiling` where A < 0; (B, S).
 
-    needs: tuple[str, ...] = ()  # fields of `Evaluation` beyond log_ratio
-    couples: Level = "decision"
+    PPO's clip in log space, where a width of 1e-6 keeps its digits in float32 and no exponential overflows when A >= 0.
+    """
+    lowered = log_ratio.clamp(min=floor)
+    lowered = lowered if ceiling is None else lowered.clamp(max=ceiling)
+    return torch.where(advantages >= 0, log_ratio.clamp(max=roof), lowered)
+
+
+def log_widths(low: float, high: float) -> tuple[float, float]:
+    """log(1 - low), which is -infinity from 1 on, and log(1 + high); raises ValueError unless both are positive."""
+    if low <= 0 or high <= 0:
+        raise ValueError(f"low and high are {low} and {high}; expected positive clip widths")
+    return math.log1p(-low) if low < 1 else -math.inf, math.log1p(high)
 
 
 FACTS: Mapping[Callable[..., Tensor], Facts] = {
     guarded: Facts(("drift", "step_std", "dt")),
-    gspo: Facts(couples="sample"),
-    gspo_token: Facts(couples="sample"),
+    gmpo: Facts(couples="sample"),
+    hybrid: Facts(couples="sample"),
+    by_entropy: Facts(("entropy",), "sample"),
+    elastic: Facts(("reward", "group"), "batch", every=True),
 }
-
-
-def facts(objective: Objective) -> Facts:
-    """Of an objective as a recipe builds it: options bound with functools.partial, weights around it."""
-    if isinstance(objective, Weighted):
-        inner = facts(objective.objective)
-        widest = max(inner.couples, objective.couples, key=LEVELS.index)
-        return Facts((*inner.needs, *objective.needs), widest)
-    if isinstance(objective, ByKind):
-        found = [facts(part) for part, _ in objective.parts.values()]
-        widest = max((one.couples for one in found), key=LEVELS.index)
-        return Facts(("kind", *(name for one in found for name in one.needs)), widest)
-    return FACTS.get(_unbound(objective), Facts())
-
-
-def clip_width(objective: Objective) -> float | None:
-    """The smaller distance from 1 at which the objective clips its ratio; None if it does not."""
-    if isinstance(objective, Weighted):
-        return clip_width(objective.objective)
-    if isinstance(objective, ByKind):
-        return clip_width(objective.parts[KINDS["token"]][0])  # steps are replayed as they were sampled
-    options = inspect.signature(objective).parameters
-    return min((options[name].default for name in ("low", "high") if name in options), default=None)
-
-
-def _clipped(log_ratio: Tensor, advantages: Tensor, low: float, high: float, ceiling: float | None) -> Tensor:
-    """PPO's clip in log space, where a width of 1e-6 keeps its digits in float32 and no exponential overflows when A >= 0."""
-    if low <= 0 or high <= 0:
-        raise ValueError(f"low and high are {low} and {high}; expected positive clip widths")
-    if ceiling is not None and ceiling <= 1 + high:
-        raise ValueError(f"ceiling is {ceiling}; expected more than 1 + high = {1 + high}")
-    floor = math.log1p(-low) if low < 1 else -math.inf
-    raised = log_ratio.clamp(max=math.log1p(high))  # A >= 0 gains nothing above
-    lowered = log_ratio.clamp(min=floor, max=None if ceiling is None else math.log(ceiling))  # nor A < 0 below
-    return -advantages * torch.where(advantages >= 0, raised, lowered).exp()
-
-
-def _trained(evaluation: Evaluation) -> Tensor:
-    """(B, S) bool; everything where no mask was set."""
-    return torch.ones_like(evaluation.log_ratio, dtype=torch.bool) if evaluation.mask is None else evaluation.mask
-
-
-def _required(evaluation: Evaluation, name: str) -> Tensor:
-    fields = evaluation.tensors()
-    if name not in fields:
-        raise ValueError(f"the objective needs {name!r} of every decision; the policy evaluates {sorted(fields)}")
-    return fields[name]
-
-
-# Aggregations: weights such that the loss is the sum of weight * loss of a decision
-
-
-def seq_mean(mask: Tensor, *, keep: Tensor | None = None, total: Tensor | float | None = None) -> Tensor:
-    """Mean over a sample's trained decisions, then over samples (GRPO); `total` counts samples.
-
-    A sample that is not kept leaves the denominator; a kept one without a trained decision adds 0 and stays in it.
-    """
-    counted = _counted(mask, keep)
-    return counted / counted.sum(1, keepdim=True).clamp(min=1) / _at_least_one(seq_mean, mask, keep, total)
-
-
-def token_mean(mask: Tensor, *, keep: Tensor | None = None, total: Tensor | float | None = None) -> Tensor:
-    """Mean over all trained decisions of kept samples (DAPO, arXiv 2503.14476); `total` counts decisions."""
-    return _counted(mask, keep) / _at_least_one(token_mean, mask, keep, total)
-
-
-def constant(mask: Tensor, *, length: int, keep: Tensor | None = None, total: Tensor | float | None = None) -> Tensor:
-    """Sum over decisions / (length * samples), length the longest allowed (Dr. GRPO, arXiv 2503.20783); `total` counts samples."""
-    if length < 1:
-        raise ValueError(f"length is {length}; expected the largest number of decisions of a sample, from 1")
-    return _counted(mask, keep) / (length * _at_least_one(constant, mask, keep, total))
-
-
-def denominator(aggregation: Aggregation, mask: Tensor, keep: Tensor | None = None) -> Tensor:
-    """What a part of an update adds to `total`: its trained decisions for token_mean, else its kept samples; -> () int64."""
-    if _unbound(aggregation) is token_mean:
-        return _counted(mask, keep).sum().long()
-    return torch.tensor(len(mask), device=mask.device) if keep is None else keep.sum()
-
-
-def weighted_sum(per_decision: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weight * loss over the decisions whose weight is not 0; (B, S), (B, S) -> ()."""
-    same_shape(per_decision=per_decision, weights=weights)
-    return (torch.where(weights != 0, per_decision, 0) * weights).sum()
-
-
-def _counted(mask: Tensor, keep: Tensor | None) -> Tensor:
-    """1 where a decision counts, (B, S) float32."""
-    require_shape("mask", mask, None, None)
-    if keep is None:
-        return mask.float()
-    require_shape("keep", keep, len(mask))
-    return (mask & keep[:, None]).float()
-
-
-def _at_least_one(aggregation: Aggregation, mask: Tensor, keep: Tensor | None, total: Tensor | float | None) -> Tensor:
-    count = denominator(aggregation, mask, keep) if total is None else total
-    return torch.as_tensor(count, dtype=torch.float32, device=mask.device).clamp(min=1)
-
-
-def _unbound(component: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function under the options bound with functools.partial."""
-    return _unbound(component.func) if isinstance(component, partial) else component

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, with_config
 
 from mmgrpo.components import build, complete, locate, options_of, typed
+from mmgrpo.contradictions import refuse_contradictions
+from mmgrpo.methods import underlaid
 from mmgrpo.toml import RecipeError, Table, join, read, refuse_unknown, write
 from mmgrpo.types import Kind
 
@@ -72,6 +74,21 @@ class Loss:
     anchor_weight: NotNegative = (
         0.0  # of -log p, mean over the decisions of the samples that the advantage says to imitate
     )
+    entropy_weight: NotNegative = 0.0  # of the mean entropy, which is raised; the start of an adaptive one
+    kl_in_reward: NotNegative = 0.0  # of log pi_old / pi_ref of a sample, taken from its reward before the advantage
+
+
+@section
+@dataclass(frozen=True)
+class Entropy:
+    """[entropy] How the weight of the entropy's bonus follows it (Skywork-OR1), and the band that it is held in; nats."""
+
+    target: NotNegative | None = None  # mean entropy up to which the bonus grows and counts; not set: its weight stays
+    delta: Positive = 0.005  # change of the weight per optimizer update
+    least: NotNegative = 0.0  # of the weight
+    most: NotNegative = 1.0  # of the weight
+    band: tuple[NotNegative, NotNegative] | None = None  # of the mean of -log p
+    band_weight: NotNegative = 0.0  # of what lies outside of the band
 
 
 @section
@@ -143,6 +160,8 @@ class Recipe:
     optimizer: Optimizer
     train: Train
     evaluation: Evaluation
+    method: str | None = None  # a name of mmgrpo/methods.toml, whose part lies under the sections above
+    entropy: Entropy = Entropy()
 
 
 OWN = ("name", "weight", "held_out_only")  # keys of a reward's table that are not options of its component
@@ -162,11 +181,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     where = f"{path.name}: "
     sections = [item.name for item in fields(Recipe)]
     refuse_unknown(table, sections, where)
+    table = underlaid(table, where)
     for key in ("policy", "prompts", "optimizer", "train"):
         if key not in table:
             raise RecipeError(f"{where}{key}: missing, and it has no default")
     recipe = _recipe(table, where)
-    _refuse_contradictions(recipe, where)
+    refuse_contradictions(recipe, where)
     return recipe
 
 
@@ -191,6 +211,8 @@ def _recipe(table: Table, where: str) -> Recipe:
         optimizer=part("optimizer", Optimizer),
         train=part("train", Train),
         evaluation=_with_options(table.get("evaluation", {}), Evaluation, where + "evaluation"),
+        method=part("method", str) if "method" in table else None,
+        entropy=part("entropy", Entropy),
     )
 
 
@@ -224,51 +246,6 @@ def _reward(table: object, where: str) -> Reward:
     own = {key: table[key] for key in OWN if key in table}
     reward: Reward = typed(own | {"component": component}, Reward, named)
     return reward
-
-
-def _refuse_contradictions(recipe: Recipe, where: str) -> None:
-    """Combinations whose parts are each valid but that would train wrongly, or not as the reader believes."""
-    train, loss, reference = recipe.train, recipe.loss, recipe.reference
-    kept = round(train.keep_share * train.group_size)
-    aligned = train.stage == "align"
-    problems = {
-        "rewards": aligned
-        and all(reward.weight == 0 for reward in recipe.rewards)
-        and ("every weight is 0; expected one to train on" if recipe.rewards else "missing, and it has no default"),
-        "rewards.held_out_only": any(reward.held_out_only and reward.weight for reward in recipe.rewards)
-        and "true arrived with a weight; expected weight 0, training does not ask such a reward",
-        "train.stage": not aligned
-        and (train.rounds, train.passes, train.keep_share, loss.kl_weight) != (1, 1, 1.0, 0.0)
-        and f"{train.stage!r} arrived with train.rounds, train.passes, train.keep_share or loss.kl_weight; expected "
-        "none of these, they concern the stage 'align'",
-        "train.group_size": aligned
-        and train.group_size < 2
-        and f"{train.group_size} arrived; expected at least 2, a sample is compared with others of its prompt",
-        "train.updates": train.prompts % train.updates != 0
-        and f"{train.updates} updates cannot share {train.prompts} prompts evenly; expected a divisor",
-        "train.keep_share": aligned
-        and kept < 2
-        and f"keeps {kept} of {train.group_size} samples; expected at least a top and a bottom one",
-        "train.evaluate_every": train.evaluate_every > 0
-        and not recipe.evaluation.source
-        and f"{train.evaluate_every} arrived; expected evaluation.source to name the held-out prompts",
-        "loss.length": (loss.aggregation == "constant") != (loss.length is not None)
-        and f"{loss.length} arrived with aggregation {loss.aggregation!r}; expected one with 'constant' alone",
-        "loss.kl_weight": loss.kl_weight > 0
-        and reference.kind == "none"
-        and f"{loss.kl_weight} arrived; expected reference.kind to say what the KL is measured to",
-        "loss.kl_kinds": loss.kl_weight == 0
-        and bool(loss.kl_kinds or loss.kl_shares)
-        and f"{dict(loss.kl_kinds)} and loss.kl_shares {dict(loss.kl_shares)} arrived with loss.kl_weight 0; expected a weight",
-        "reference.kind": loss.kl_weight == 0
-        and reference.kind != "none"
-        and f"{reference.kind!r} arrived with loss.kl_weight 0; expected 'none', nothing would use it",
-        "reference.decay": (reference.kind == "ema") != (reference.decay is not None)
-        and f"{reference.decay} arrived with kind {reference.kind!r}; expected a decay with 'ema' and only there",
-    }
-    for key, problem in problems.items():
-        if problem:
-            raise RecipeError(f"{where}{key}: {problem}")
 
 
 def resolved(recipe: Recipe) -> str:

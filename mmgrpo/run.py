@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmgrpo import checkpoint, kl, objectives, packing, seeds
+from mmgrpo import aggregations, checkpoint, kl, packing, seeds
 from mmgrpo.comparing import Remembering
 from mmgrpo.data import load_prompts
+from mmgrpo.entropy import Adaptation, Band, Bonus
 from mmgrpo.improve import Loss
 from mmgrpo.recipe import Loss as LossOptions
 from mmgrpo.recipe import Recipe, build
@@ -19,7 +20,7 @@ from mmgrpo.shadow import Reference, Shadow
 from mmgrpo.types import KINDS, AdvantageFunction, Policy, Prompt, Reward
 
 COUNTERS = ("iteration", "rollouts", "updates", "samples")
-AGGREGATIONS = {"seq_mean": objectives.seq_mean, "token_mean": objectives.token_mean}
+AGGREGATIONS = {"seq_mean": aggregations.seq_mean, "token_mean": aggregations.token_mean}
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     reference: Reference
     average: Shadow | None
+    bonus: Bonus = Bonus(0.0)  # of the entropy
     watched: dict[str, Reward] = field(default_factory=dict)  # of the held-out samples alone
     iteration: int = 0  # the next one
     rollouts: int = 0  # so far: the position in the prompts
@@ -88,12 +90,8 @@ def start(recipe: Recipe) -> Run:
         rewards=built_rewards(recipe, held_out=False),
         watched=built_rewards(recipe, held_out=True),
         compare=build(recipe.advantage, "advantage"),
-        loss=Loss(
-            build(recipe.objective, "objective"),
-            distance(recipe.loss),
-            recipe.loss.kl_weight,
-            recipe.loss.anchor_weight,
-        ),
+        loss=built_loss(recipe),
+        bonus=Bonus(recipe.loss.entropy_weight),
         aggregate=aggregation(recipe),
         optimizer=optimizer,
         reference=Reference(reference.kind, trainable, adapters_off=off, **decay),
@@ -105,6 +103,21 @@ def built_rewards(recipe: Recipe, held_out: bool) -> dict[str, Reward]:
     """The rewards by name: those of every sample, or those of the held-out ones alone."""
     chosen = [reward for reward in recipe.rewards if reward.held_out_only == held_out]
     return {reward.name: build(reward.component, f"rewards.{reward.name}") for reward in chosen}
+
+
+def built_loss(recipe: Recipe) -> Loss:
+    """The terms of the recipe's loss; the weight of an entropy term is that of its start."""
+    options, entropy = recipe.loss, recipe.entropy
+    bonus = options.entropy_weight if options.entropy_weight or entropy.target is not None else None
+    band = None if entropy.band is None else Band(*entropy.band, entropy.band_weight)
+    objective = build(recipe.objective, "objective")
+    return Loss(objective, distance(options), options.kl_weight, options.anchor_weight, bonus, band)
+
+
+def adaptation(recipe: Recipe) -> Adaptation | None:
+    """How the entropy's bonus follows the entropy; None if it does not."""
+    options = recipe.entropy
+    return None if options.target is None else Adaptation(options.target, options.delta, options.least, options.most)
 
 
 def distance(options: LossOptions) -> kl.KL:
@@ -123,7 +136,7 @@ def aggregation(recipe: Recipe) -> Callable[..., Tensor]:
     """(B, S) mask, keep=(B,) -> (B, S) weights of the loss."""
     if recipe.loss.aggregation == "constant":
         assert recipe.loss.length is not None  # the recipe was checked
-        return partial(objectives.constant, length=recipe.loss.length)
+        return partial(aggregations.constant, length=recipe.loss.length)
     return AGGREGATIONS[recipe.loss.aggregation]
 
 
@@ -140,6 +153,8 @@ def save(run: Run, folder: Path) -> Path:
         tensors["advantage"] = dict(run.compare.memory)
     if run.average is not None:
         tensors["average"] = run.average.tensors()
+    if adaptation(run.recipe) is not None:
+        tensors["entropy"] = {"bonus": torch.tensor(run.bonus, dtype=torch.float64)}  # weight, last
     counters = {name: getattr(run, name) for name in COUNTERS}
     facts = {"counters": counters, "optimizer": optimizer.facts, "random": random.facts}
 
@@ -161,6 +176,8 @@ def restore(run: Run, path: Path) -> Run:
     packing.restore_random_states(packing.Packed(tensors["random"], facts["random"]))
     if isinstance(run.compare, Remembering):
         run.compare.memory = tensors.get("advantage", {})
+    if adaptation(run.recipe) is not None:
+        run.bonus = Bonus(*tensors["entropy"]["bonus"].tolist())
     counters = facts["counters"]
     assert isinstance(counters, dict) and counters.keys() == set(COUNTERS)
     return replace(run, **counters)

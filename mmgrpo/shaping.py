@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo.advantages import standardize, standardized
-from mmgrpo.comparing import Comparison, Memory, Remembering, as_scores, compared, scores_of
+from mmgrpo.comparing import Comparison, Memory, Remembering, as_scores, column_of, compared, scores_of
 from mmgrpo.groups import group_centred, within
 from mmgrpo.types import Advantage, AdvantageFunction, Feedback, same_shape
 
@@ -125,12 +125,12 @@ def difficulty_scaled(
 
     def function(feedback: Feedback, memory: Memory) -> tuple[Advantage, Memory]:
         found, kinds = advantage(feedback), [str(prompt.columns.get(category)) for prompt in feedback.prompts]
-        delta, now = column(feedback, hardness), dict(memory)
+        delta, now = column_of(feedback, hardness), dict(memory)
         factor = torch.ones(len(kinds), dtype=torch.float64)
         gap = None
         if demonstration is not None:
             scores = scores_of(feedback).double()
-            gap = column(feedback, demonstration) - (scores - group_centred(scores, feedback.group))
+            gap = column_of(feedback, demonstration) - (scores - group_centred(scores, feedback.group))
         for kind in sorted(set(kinds)):
             rows = torch.tensor([one == kind for one in kinds])
             factor[rows] = delta[rows].sigmoid() / running(now, f"hardness {kind}", delta[rows]).sigmoid()
@@ -143,17 +143,6 @@ def difficulty_scaled(
         return found._replace(values=scaled, metrics={**found.metrics, "difficulty": float(factor.mean())}), now
 
     return Remembering(function, {})
-
-
-def column(feedback: Feedback, name: str) -> Tensor:
-    """A number of every prompt, (B,) float64; raises ValueError naming the column."""
-    found = [prompt.columns.get(name) for prompt in feedback.prompts]
-    odd = [value for value in found if isinstance(value, bool) or not isinstance(value, int | float)]
-    if odd or not found:
-        raise ValueError(
-            f"the advantage needs a number in the column {name!r} of every prompt; got {odd[:1] or 'no prompts'}"
-        )
-    return torch.tensor(found, dtype=torch.float64)
 
 
 def running(memory: dict[str, Tensor], name: str, values: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mmgrpo import checkpoint, diagnostics
+from mmgrpo.aggregations import token_mean
 from mmgrpo.check import require_sound
-from mmgrpo.descent import clip_gradient, step
+from mmgrpo.descent import clip_gradient, follow_entropy, step, today
 from mmgrpo.evaluation import look, remember, report
-from mmgrpo.gathering import gather
+from mmgrpo.gathering import gather, held_back
 from mmgrpo.improve import Given, Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
 from mmgrpo.journal import Journal, Stopwatch, peak_memory
-from mmgrpo.objectives import token_mean
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
 from mmgrpo.selection import extremes, imitated, minibatches
@@ -99,7 +99,9 @@ def iteration(run: Run) -> dict[str, float]:
     """One rollout, or several until enough groups differ inside, and the updates made from it; -> metrics."""
     phases = Stopwatch(run.device)
     rolled = gather(run, phases)
-    advantage = run.compare(rolled.feedback)
+    with phases.measure("score"):
+        feedback = held_back(run, rolled)
+    advantage = run.compare(feedback)
     with phases.measure("update"):
         metrics = improve(run, rolled.trajectory, rolled.feedback, advantage)
     run.reference.after_iteration()
@@ -154,12 +156,13 @@ def weighed(run: Run, trajectory: Trajectory, judged: Judged, rows: Tensor) -> P
     mask, advantages = trajectory.mask[rows], judged.advantages[rows]
     weights = run.aggregate(mask, keep=judged.keep[rows])
     used = weights.ne(0).any(1)
-    if run.recipe.train.drop_zero_advantage and not run.loss.kl_weight:
+    if run.recipe.train.drop_zero_advantage and not run.loss.every:
         used &= advantages.ne(0).any(1)
     copied = None if judged.imitate is None else token_mean(mask, keep=judged.imitate[rows])
     if copied is not None:
         used |= copied.ne(0).any(1)
-    given = Given(advantages, weights, copied, judged.reward[rows])
+    evenly = token_mean(mask, keep=judged.keep[rows]) if "entropy" in run.loss.needs or run.loss.band else None
+    given = Given(advantages, weights, copied, judged.reward[rows], evenly)
     return Part(rows[used], given.each(lambda value: value[used]))
 
 
@@ -170,12 +173,12 @@ def update(run: Run, trajectory: Trajectory, part: Part, fresh: bool) -> dict[st
     chosen = trajectory.take(part.rows)
     held = run.reference if run.reference.active else None
     try:
-        measured = accumulate(run.policy, chosen, part.given, run.loss, held, fresh)
+        measured = accumulate(run.policy, chosen, part.given, today(run), held, fresh)
         norm = clip_gradient(run)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; sample ids {chosen.batch.sample.tolist()[:16]}") from error
     step(run)
-    return summary(measured, chosen, norm, run)
+    return summary(measured, chosen, norm, run) | follow_entropy(run, measured, part.given)
 
 
 def summary(measured: Measured, part: Trajectory, norm: float, run: Run) -> dict[str, float]:

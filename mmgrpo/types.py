@@ -206,7 +206,8 @@ class Evaluation:
     drift: Tensor | None = None  # KL of a Gaussian decision from the policy that sampled it
     step_std: Tensor | None = None  # S of a Gaussian decision, no gradient
     dt: Tensor | None = None  # positive length of a denoising step, no gradient
-    mask: Tensor | None = None  # bool: the decision is trained; set for objectives by `objectives.masked`
+    log_prob: Tensor | None = None  # log new itself, where the decision is one of countably many, nats
+    mask: Tensor | None = None  # bool: the decision is trained; set for objectives by `ratios.masked`
     kind: Tensor | None = None  # int64: which kind of decision; this and the next two are set by `improve.accumulate`
     group: Tensor | None = None  # int64: of the decision's sample
     reward: Tensor | None = None  # total reward of the decision's sample, no gradient

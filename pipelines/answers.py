@@ -6,7 +6,7 @@ Axes: B answers, b those of one batch, P prompts, S tokens at most, T those of t
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,16 @@ class Options:
     replay_tokens: int = 8192  # tokens of prompts and answers whose graph is held at once
     gradient_checkpointing: bool = False
     autocast: torch.dtype | None = None
+
+
+class States(NamedTuple):
+    """The tokens of a batch of answers, one after the other, and what they are predicted from."""
+
+    hidden: Tensor  # (N, D)
+    token: Tensor  # (N,) int64
+    there: Tensor  # (b, T) bool: where they stand
+    support: Tensor | None = None  # N rows, as `token_probabilities.packed` gives it
+    vocabulary: Tensor | None = None  # (N,) which of the grammar's vocabularies
 
 
 class Answers:
@@ -189,6 +199,13 @@ class Answers:
 
     def read(self, part: Trajectory) -> Scores:
         """Log-prob and entropy of every token of the answers under today's weights; (b, T) each, 0 behind their ends."""
+        states = self.states(part)
+        found = self._scores(*states[:2], states.support, states.vocabulary)
+        empty = torch.zeros(states.there.shape, dtype=found.log_prob.dtype, device=states.there.device)
+        return Scores(*(empty.masked_scatter(states.there, values) for values in found))
+
+    def states(self, part: Trajectory) -> States:
+        """What predicts the tokens of the answers, those behind their ends left out."""
         device, longest = self.model.device, int(part.record["length"].max())
         token = part.record["token"][:, :longest].to(device)
         there = torch.arange(longest, device=device) < part.record["length"].to(device).unsqueeze(1)  # (b, T)
@@ -203,10 +220,7 @@ class Answers:
                 assert self.grammar is not None
                 length = part.record["length"]
                 states = guidance.replayed(self.model, self.grammar, self.unasked(), states, token, length)
-            hidden = self.fine(states[there])  # (N, D)
-        found = self._scores(hidden, token[there], **chosen)
-        empty = torch.zeros(there.shape, dtype=found.log_prob.dtype, device=device)
-        return Scores(*(empty.masked_scatter(there, values) for values in found))
+            return States(self.fine(states[there]), token[there], there, **chosen)
 
     def _scores(
         self, hidden: Tensor, token: Tensor, support: Tensor | None = None, vocabulary: Tensor | None = None

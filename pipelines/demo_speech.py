@@ -54,7 +54,7 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     sound_pictures.spectrograms(found, titles, rate).save(folder / "spectrograms.png")
     sound_pictures.changes(changes).save(folder / "changes.png")
     draw_curve(folder, changes)
-    table = {one.name: {"noisy": float(given[one.name].nanmean()), **told(one)} for one in changes}
+    table = {one.name: {"noisy": float(given[one.name].nanmean()), **demos.told(one)} for one in changes}
     facts = {"seed": seed, "stage": training.recipe.train.stage, "iterations": training.iteration}
     further = {"held_out_recordings": len(after), "left_out": missing}
     shown = {"spectrograms": "spectrograms.png", "changes": "changes.png", "curve": "curve.png", "sounds": "sounds"}
@@ -69,17 +69,6 @@ def unprocessed(samples: Samples) -> Samples:
         wave = read(prompt.media["noisy"][0], samples.rate)
         audio[row, 0, : len(wave)] = wave
     return replace(samples, audio=audio)
-
-
-def told(one: Moved) -> dict[str, float | bool]:
-    """A change, for summary.json."""
-    return {
-        "before": one.before,
-        "after": one.now,
-        "change": one.now - one.before,
-        "standard_errors": one.errors,
-        "trained_on": one.trained,
-    }
 
 
 def kinds(before: Samples, after: Samples) -> dict[str, list[Tensor]]:

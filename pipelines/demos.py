@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from mmgrpo import journal
+from mmgrpo.moved import Moved
 from mmgrpo.recipe import load
 from mmgrpo.run import Run, start
 from mmgrpo.trainer import begin
@@ -50,6 +51,17 @@ def points(lines: Sequence[journal.Line], name: str, start: float | None = None)
     known = [(at, float(value)) for at, value in found if value is not None]
     known = known if start is None else [(0.0, start), *known]
     return [at for at, _ in known], [value for _, value in known]
+
+
+def told(one: Moved) -> dict[str, float | bool]:
+    """A change, for summary.json."""
+    return {
+        "before": one.before,
+        "after": one.now,
+        "change": one.now - one.before,
+        "standard_errors": one.errors,
+        "trained_on": one.trained,
+    }
 
 
 def conclude(folder: Path, summary: Mapping[str, object], pictures: Mapping[str, str]) -> None:

@@ -118,6 +118,34 @@ def before_after(
     return page
 
 
+def film_strips(clips: Mapping[str, Tensor], lines: Mapping[str, Sequence[str]], scale: int = 5) -> Image.Image:
+    """A column of clips (B, F, 3, H, W) in [0, 1] under each name, a clip's frames side by side, each with its line below."""
+    for name, videos in clips.items():
+        require_shape(f"clips {name!r}", videos, len(lines[name]), None, 3, None, None)
+    font, strips = ImageFont.load_default(TEXT), {name: [strip(clip, scale) for clip in clips[name]] for name in clips}
+    width, height = next(iter(strips.values()))[0].size
+    step, head, rows = height + TEXT + 8 + GAP // 2, TITLE + 2 * GAP, max(map(len, strips.values()))
+    page = Image.new("RGB", (len(strips) * (width + 2 * GAP), head + rows * step), PAPER)
+    pen, heading = ImageDraw.Draw(page), ImageFont.load_default(TITLE)
+    for column, (name, pieces) in enumerate(strips.items()):
+        left = GAP + column * (width + 2 * GAP)
+        pen.text((left + width / 2, GAP), name, INK, heading, anchor="ma")
+        for row, (piece, line) in enumerate(zip(pieces, lines[name], strict=True)):
+            page.paste(piece, (left, head + row * step))
+            pen.text((left + width / 2, head + row * step + height + 3), fit(line, font, width), INK, font, anchor="ma")
+    return page
+
+
+def strip(clip: Tensor, scale: int) -> Image.Image:
+    """The frames of a clip (F, 3, H, W) from left to right, enlarged, a gap of 3 px between them."""
+    frames = [enlarge(frame, scale) for frame in clip]
+    step = frames[0].width + 3
+    page = Image.new("RGB", (len(frames) * step - 3, frames[0].height), PAPER)
+    for place, frame in enumerate(frames):
+        page.paste(frame, (place * step, 0))
+    return page
+
+
 def curve(panels: Mapping[str, Mapping[str, Points]], x_label: str = "iteration", title: str = "") -> Image.Image:
     """Line charts side by side: {label of the y axis: {name of the line: (x, y)}}."""
     if not panels:

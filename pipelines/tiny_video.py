@@ -21,6 +21,12 @@ from pipelines.tiny_image import WordEncoder
 Frames = list[Image.Image]
 
 
+def with_places(clip: Tensor) -> Tensor:
+    """A clip and, as a fourth channel, the place of each frame in [0, 1]; (B, 3, F, H, W) -> (B, 4, F, H, W)."""
+    place = torch.linspace(0, 1, clip.shape[2], device=clip.device).view(1, 1, -1, 1, 1)
+    return torch.cat([clip, place.expand_as(clip[:, :1])], 1)
+
+
 class TinyVideoPipeline(DiffusionPipeline):
     """Words and a clip, or words and a first frame, to a clip of the same size; predicts the flow's velocity, noise - clip."""
 
@@ -50,9 +56,7 @@ class TinyVideoPipeline(DiffusionPipeline):
             clip = self.video_processor.preprocess_video(video)
         else:
             clip = self.video_processor.preprocess(image).unsqueeze(2).repeat(1, 1, num_frames, 1, 1)
-        clip = clip.to(self._execution_device, torch.float32)
-        place = torch.linspace(0, 1, clip.shape[2], device=clip.device).view(1, 1, -1, 1, 1)
-        return torch.cat([clip, place.expand_as(clip[:, :1])], 1)
+        return with_places(clip.to(self._execution_device, torch.float32))
 
     def prepare_latents(
         self, like: Tensor, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None

@@ -68,4 +68,10 @@ def evaluated(texts: Reads, part: Trajectory, held: Tensor | None) -> tuple[Tens
         there = steps < part.record["length"].unsqueeze(1)
         gap = torch.where(there.to(old.device), old - recorded("log_prob"), 0)
     to_reference = None if held is None else found.log_prob - held
-    return steps, Evaluation(found.log_prob - old, to_reference=to_reference, sampler_gap=gap, entropy=found.entropy)
+    return steps, Evaluation(
+        found.log_prob - old,
+        log_prob=found.log_prob,
+        to_reference=to_reference,
+        sampler_gap=gap,
+        entropy=found.entropy,
+    )

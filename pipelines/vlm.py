@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mmgrpo.types import KINDS, Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
-from pipelines import answers_check, patches, token_replay, weights
+from pipelines import answers_check, patches, token_facts, token_replay, weights
 from pipelines.answers import Answers, Options
 from pipelines.conversation import Processor, Reader, Reading
 from pipelines.decoding import Written
@@ -119,6 +119,10 @@ class LanguagePolicy:
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
         """Evaluate answers within the budget of tokens at a time, with gradient; `consume` may run backward."""
         token_replay.replay(self.answers, trajectory, consume, reference)
+
+    def facts(self, trajectory: Trajectory, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """What `token_facts.told` lists, under today's weights; raises ValueError for another name."""
+        return token_facts.told(self.answers, trajectory, names)
 
     def trainable(self) -> dict[str, Parameter]:
         """The parameters that training changes, by name."""

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: name several, scale one, add them up with weights.
+"""Rewards made of rewards: name several, scale one, add them up with weights, let one count only where others are reached.
 
 The functions are per sample and keep the order of the samples. B samples, K components.
 """
@@ -70,3 +70,42 @@ def weighted(
         return torch.where(silent, torch.nan, matrix.nansum(1))
 
     return score
+
+
+def guarded(
+    *, quality: Reward, guards: Mapping[str, Reward], least: Mapping[str, float], floor: float | None = None
+) -> Reward:
+    """The quality, but `floor` (left out: NaN) where a guard's score is below its `least`; range and shape: the quality's.
+
+    Measures of the quality of speech hear that it is clean, not that it says anything: a policy trained on one learns fluent
+    babble, so a recording gets its quality only if it can be understood. With floor 0 it is GDPO's conditioned reward
+    (arXiv 2601.05242): an easy one counts where the hard one is reached; that form's threshold is RECONSTRUCTED. A gate of
+    a multi-label safety reward (arXiv 2503.21819) is the same. A floor teaches to avoid it; NaN only takes the sample out of
+    the group. A guard without an opinion gives NaN.
+    """
+    if not guards or guards.keys() != least.keys():
+        raise ValueError(f"least names {sorted(least)}; expected the guards {sorted(guards)}, at least one")
+    otherwise = torch.nan if floor is None else floor
+
+    def score(samples: Samples) -> Tensor | Mapping[str, Tensor]:
+        values = quality(samples)
+        fine, unknown = passed(samples, guards, least)
+
+        def held(value: Tensor) -> Tensor:
+            kept = torch.where(fine.to(value.device) | value.isnan(), value, otherwise)
+            return torch.where(unknown.to(value.device), torch.nan, kept)
+
+        return held(values) if isinstance(values, Tensor) else {name: held(value) for name, value in values.items()}
+
+    return score
+
+
+def passed(samples: Samples, guards: Mapping[str, Reward], least: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """Whether every guard is content, and whether one has no opinion; (B,) bool each."""
+    found = {name: components(name, reward(samples), len(samples)) for name, reward in guards.items()}
+    several = [name for name, parts in found.items() if len(parts) != 1]
+    if several:
+        raise ValueError(f"the guard {several[0]!r} has {len(found[several[0]])} components; expected 1")
+    scores = {name: next(iter(parts.values())).cpu() for name, parts in found.items()}
+    fine = torch.stack([score >= least[name] for name, score in scores.items()]).all(0)
+    return fine, torch.stack([score.isnan() for score in scores.values()]).any(0)

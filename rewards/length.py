@@ -27,6 +27,20 @@ def overlong(samples: Samples, *, limit: int = 20480, cache: int = 4096) -> Tens
     return ((limit - cache - lengths(samples)) / cache).clamp(-1, 0).float()
 
 
+def envelope(samples: Samples, *, least: int, low: int, high: int, most: int) -> Tensor:
+    """1 from `low` to `high` tokens, falling linearly to 0 at `least` and at `most`, 0 beyond; in [0, 1], (B,).
+
+    Source: the length reward of OpenVLThinkerV2 (arXiv 2604.08539), which publishes no values: choose them per task.
+    """
+    if not 0 <= least < low <= high < most:
+        raise ValueError(
+            f"least, low, high, most are {least}, {low}, {high}, {most} tokens; expected an increasing order"
+        )
+    count = lengths(samples)
+    inside = torch.minimum((count - least) / (low - least), (most - count) / (most - high))
+    return inside.clamp(0, 1).float()
+
+
 def length_penalty(samples: Samples, *, wanted: int, rate: float = 0.0003, shorter: bool = False) -> Tensor:
     """-rate x the tokens above `wanted`, or with `shorter` those above or below it; at most 0, unbounded below, (B,).
 

@@ -225,7 +225,7 @@ def moving(*, quality: Reward, degree: Reward) -> Reward:
 
     Consistency, smoothness and warping are all won by a clip in which nothing moves; times the `dynamic_degree` it gets
     0 of them. A quality below 0 counts as 0, as a product would reward it for not moving: for one that is negative by
-    nature gate it instead (`rewards.speech:guarded`). NaN where either is. Source: the advice is common, the form ours.
+    nature gate it instead (`rewards.compose:guarded`). NaN where either is. Source: the advice is common, the form ours.
     """
 
     def score(samples: Samples) -> Tensor | Mapping[str, Tensor]:

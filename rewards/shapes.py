@@ -64,18 +64,18 @@ def read_wish(prompt: Prompt) -> Wish:
 # ---- true renderings
 
 
-def coverage(shape: str, radius: Tensor, centre: Tensor) -> Tensor:
-    """Share of each pixel of a cell that the shape covers, from 8x8 points a pixel; (K,), (K, 2) px -> (K, C, C)."""
+def coverage(shape: str, radius: Tensor, centre: Tensor, side: int = CELL) -> Tensor:
+    """Share of each pixel of a square that the shape covers, from 8x8 points a pixel; (K,), (K, 2) px -> (K, side, side)."""
     require_shape("centre", centre, len(radius), 2)
-    points = (torch.arange(CELL * FINE) + 0.5) / FINE  # px
-    x, y = ((points - centre[:, axis, None]) / radius[:, None] for axis in (0, 1))  # (K, C * FINE), shape in [-1, 1]
+    points = (torch.arange(side * FINE) + 0.5) / FINE  # px
+    x, y = ((points - centre[:, axis, None]) / radius[:, None] for axis in (0, 1))  # (K, side * FINE), shape in [-1, 1]
     u, v = x[:, None, :], y[:, :, None]  # v points down
     inside = {
         "circle": lambda: u.square() + v.square() <= 1,
         "square": lambda: (u.abs() <= 1) & (v.abs() <= 1),
         "triangle": lambda: (v.abs() <= 1) & (2 * u.abs() <= v + 1),
     }[shape]()
-    return inside.view(-1, CELL, FINE, CELL, FINE).float().mean((2, 4))
+    return inside.view(-1, side, FINE, side, FINE).float().mean((2, 4))
 
 
 def place(shape: str, size: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmgrpo.types import Reward, Samples, require_shape
-from rewards.compose import components
+from mmgrpo.types import Samples, require_shape
 from rewards.pool import Reply, Task, collect, count_problems, default_processes, shared
 from rewards.speech_worker import COUNTS, POLYNOMIALS, measure
 
@@ -221,44 +220,3 @@ def dnsmos(*, part: Part = "ovr", processes: int | None = None, timeout: float =
 def dnsmos_p808(*, processes: int | None = None, timeout: float = 300.0) -> SpeechReward:
     """DNSMOS P.808, overall quality without a reference; (B,), 1 to 5. Source: Reddy et al. 2021 (arXiv 2010.15258)."""
     return single("dnsmos_p808", processes, timeout)
-
-
-# ---- against clean babble
-
-
-def guarded(
-    *, quality: Reward, guards: Mapping[str, Reward], least: Mapping[str, float], floor: float | None = None
-) -> Reward:
-    """The quality, but `floor` (left out: NaN) where a guard's score is below its `least`; range and shape: the quality's.
-
-    Measures of quality without a reference hear that speech is clean, not that it says anything or who says it: a policy
-    trained on one learns fluent babble. So a sample gets its quality only if it can be understood (STOI, or the word
-    accuracy) and is still the speaker. A floor, such as 1 of DNSMOS, teaches to avoid it; NaN only takes it out of the group.
-    A guard without an opinion gives NaN. Source: the advice is common, the form ours.
-    """
-    if not guards or guards.keys() != least.keys():
-        raise ValueError(f"least names {sorted(least)}; expected the guards {sorted(guards)}, at least one")
-    otherwise = torch.nan if floor is None else floor
-
-    def score(samples: Samples) -> Tensor | Mapping[str, Tensor]:
-        values = quality(samples)
-        fine, unknown = passed(samples, guards, least)
-
-        def held(value: Tensor) -> Tensor:
-            kept = torch.where(fine.to(value.device) | value.isnan(), value, otherwise)
-            return torch.where(unknown.to(value.device), torch.nan, kept)
-
-        return held(values) if isinstance(values, Tensor) else {name: held(value) for name, value in values.items()}
-
-    return score
-
-
-def passed(samples: Samples, guards: Mapping[str, Reward], least: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    """Whether every guard is content, and whether one has no opinion; (B,) bool each."""
-    found = {name: components(name, reward(samples), len(samples)) for name, reward in guards.items()}
-    several = [name for name, parts in found.items() if len(parts) != 1]
-    if several:
-        raise ValueError(f"the guard {several[0]!r} has {len(found[several[0]])} components; expected 1")
-    scores = {name: next(iter(parts.values())).cpu() for name, parts in found.items()}
-    fine = torch.stack([score >= least[name] for name, score in scores.items()]).all(0)
-    return fine, torch.stack([score.isnan() for score in scores.values()]).any(0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmgrpo.advantages import against_others, standardize
 from mmgrpo.baselines import (
     against_log_mean_exp,
+    against_value,
     balanced,
     balanced_scores,
     batch_whitened,
@@ -22,6 +23,7 @@ from mmgrpo.baselines import (
     median,
     median_centred,
     normal_ranks,
+    optimal_value,
     pivots,
     shifted,
     virtual_best,
@@ -30,7 +32,7 @@ from mmgrpo.baselines import (
 )
 from mmgrpo.comparing import teaching
 from mmgrpo.groups import group_centred, group_sum
-from mmgrpo.types import Feedback
+from mmgrpo.types import Feedback, Prompt
 
 ONE = torch.zeros(5, dtype=torch.int64)
 Estimate = Callable[[Tensor, Tensor], Tensor]
@@ -121,6 +123,19 @@ def test_baselines_of_reinforce_equal_the_worked_examples():
     assert sorted(values.tolist()) == [-0.5, 0, 0, 0.5] and values[0] == 0.5
     assert torch.equal(values, balanced_scores(numbers(1, 0, 0, 0), ids(0, 0, 0, 0)))  # drawn from the group's id
     close(balanced(feedback(ids(0, 0, 0), numbers(1, 1, 0))).values, 1 / 3, 1 / 3, -2 / 3)  # nothing is dropped
+
+
+def test_the_value_of_a_prompt_equals_the_worked_example_and_is_taken_from_a_column():
+    scores, group = numbers(1, 0, 0, 1), ids(0, 0, 0, 0)
+    close(optimal_value(scores, group, 0.5), *[0.716890] * 4)
+    close(optimal_value(scores, group, 1e6), *[0.5] * 4, tolerance=1e-5)
+    close(optimal_value(scores, ids(0, 0, 1, 1), 0.5), *[float(optimal_value(numbers(1, 0), ids(0, 0), 0.5)[0])] * 4)
+    prompts = tuple(Prompt(number, "a", columns={"value": 0.25}) for number in range(4))
+    judged = Feedback({"r": scores}, {"r": 1.0}, group, prompts=prompts)
+    close(against_value()(judged).values, 0.75, -0.25, -0.25, 0.75)
+    assert teaching(against_value(), judged).all()
+    with pytest.raises(ValueError, match="a number in the column 'v' of every prompt; got \\[None\\]"):
+        against_value(column="v")(judged)
 
 
 def test_whitening_over_the_batch_equals_the_worked_example():

@@ -10,19 +10,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"mmgrpo", "pipelines", "rewards"}
 ALLOWED = {"mmgrpo": {"mmgrpo"}, "pipelines": {"pipelines", "mmgrpo"}, "rewards": {"rewards", "mmgrpo"}}
 INNER = (
-    "transitions",
-    "groups",
-    "comparing",
-    "advantages",
-    "baselines",
-    "credit",
-    "risk",
-    "entropy_clip",
-    "shaping",
-    "objectives",
-    "schedules",
-)
-INNER_MAY = {f"mmgrpo.{name}" for name in ("types", "groups", "seeds", "comparing", "advantages", "credit")} | {"torch"}
+    "transitions", "groups", "comparing", "advantages", "baselines", "credit", "risk", "shaping", "entropy_clip", "schedules",
+    "aggregations", "facts", "ratios", "objectives", "weighting", "off_policy", "contrasts", "entropy",
+)  # fmt: skip
+INNER_MAY = {"torch", "mmgrpo.seeds", "mmgrpo.types", *(f"mmgrpo.{name}" for name in INNER)}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 NAMED = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -8,13 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from mmgrpo.aggregations import seq_mean, token_mean
+from mmgrpo.contrasts import disco, disco_ratio, dno, regressed
 from mmgrpo.data import requests
+from mmgrpo.entropy import Band
 from mmgrpo.improve import Given, Loss, NonFiniteError, accumulate, slopes
 from mmgrpo.kl import ByKind, estimated_k2
-from mmgrpo.objectives import by_kind, clipped, gspo, guarded, masked, reinforce, seq_mean, token_mean, top_entropy
+from mmgrpo.objectives import clipped, elastic, gspo, guarded, reinforce
+from mmgrpo.off_policy import opmd_kimi
+from mmgrpo.ratios import masked
 from mmgrpo.selection import extremes, imitated, minibatches
 from mmgrpo.transitions import Gaussian, kl, log_ratio
 from mmgrpo.types import Advantage, Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Trajectory
+from mmgrpo.weighting import by_kind, top_entropy
 
 B, S, D = 6, 4, 5
 
@@ -63,6 +69,7 @@ class GaussianPolicy:
                             step_std=torch.full(shape, 0.5, dtype=torch.float64),
                             dt=torch.full(shape, 0.1, dtype=torch.float64),
                             entropy=new.mean.square().sum(1).view(shape),  # stands for any number that varies
+                            log_prob=log_ratio(part["next"], new, Gaussian(0 * new.mean, self.std)).view(shape),  # too
                         ),
                     )
                 )
@@ -93,6 +100,15 @@ LOSSES = {
     "KL by kind": Loss(clipped, ByKind({0: (the_kl, 1.0), 1: (estimated_k2, 0.1)}), 0.1),
     "with an anchor": Loss(clipped, anchor_weight=0.1),
     "coupled with an anchor": Loss(partial(gspo, low=0.5, high=0.5), anchor_weight=0.1),
+    "contrasted": Loss(disco_ratio),
+    "contrasted log-probs": Loss(partial(disco, penalty=1.0)),
+    "paired": Loss(dno),
+    "elastic": Loss(partial(elastic, low=0.4, high=0.4, most=0.9)),
+    "coupled, against the reference": Loss(partial(regressed, strength=0.1)),
+    "pulled back": Loss(opmd_kimi),
+    "with an entropy bonus": Loss(clipped, entropy_weight=0.3),
+    "in a band of entropy": Loss(clipped, band=Band(5.0, 6.0, 0.2)),
+    "with a bonus of the chosen": Loss(top_entropy(objective=clipped, share=0.5), entropy_weight=0.3),
     "coupled over the batch": Loss(top_entropy(objective=partial(clipped, low=0.3, high=0.3), share=0.5)),
 }
 
@@ -111,7 +127,13 @@ def gradient(loss: Loss, rows: int, steps: int) -> tuple[float, Tensor]:
     policy = GaussianPolicy(rows, steps)
     trajectory = policy.trajectory(batch())
     advantages = torch.randn(B, S, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    given = Given(advantages, seq_mean(trajectory.mask).double(), token_mean(trajectory.mask, keep=CORRECT).double())
+    given = Given(
+        advantages,
+        seq_mean(trajectory.mask).double(),
+        token_mean(trajectory.mask, keep=CORRECT).double() if loss.anchor_weight else None,
+        CORRECT.double().unsqueeze(1).expand(B, S),
+        token_mean(trajectory.mask).double(),
+    )
     measured = accumulate(policy, trajectory, given, loss, Held())
     assert policy.map.weight.grad is not None
     return measured.loss, policy.map.weight.grad
@@ -197,8 +219,11 @@ def test_what_untrained_decisions_hold_reaches_neither_the_loss_nor_its_slopes(n
     for garbage in (0.0, torch.inf, torch.nan):
         values = torch.full((2, 3), 0.1).masked_fill(~mask, garbage)
         kind = torch.tensor([[0, 1, 1], [1, 0, 0]])
-        evaluation = Evaluation(values, values, None, values, drift=values, step_std=values, dt=values, kind=kind)
-        found.append(slopes(evaluation, Given(torch.ones(2, 3), seq_mean(mask)), LOSSES[name]))
+        several = dict.fromkeys(("kl", "entropy", "to_reference", "drift", "step_std", "dt", "log_prob"), values)
+        evaluation = Evaluation(
+            values, **several, kind=kind, group=torch.zeros_like(kind), reward=torch.tensor([[1.0], [0.0]]).expand(2, 3)
+        )
+        found.append(slopes(evaluation, Given(torch.ones(2, 3), seq_mean(mask), evenly=token_mean(mask)), LOSSES[name]))
     assert torch.isfinite(found[0][0])
     for total, slope in found:
         assert total == found[0][0]

@@ -7,30 +7,17 @@ from functools import partial
 
 import pytest
 import torch
+from every_objective import AGGREGATIONS, drawn
 from torch import Tensor
 
+from mmgrpo.aggregations import Aggregation, constant, denominator, seq_mean, token_mean, weighted_sum
+from mmgrpo.facts import facts
 from mmgrpo.kl import KINDS, flow_grpo_kl, k1, k2, k3
-from mmgrpo.objectives import (
-    Aggregation,
-    Objective,
-    cispo,
-    clip_width,
-    clipped,
-    constant,
-    denominator,
-    facts,
-    gspo,
-    gspo_token,
-    guarded,
-    masked,
-    reinforce,
-    sampler_corrected,
-    seq_mean,
-    token_mean,
-    top_entropy,
-    weighted_sum,
-)
+from mmgrpo.objectives import Objective, cispo, clipped, dhpo, gspo, gspo_token, guarded, reinforce, rloo
+from mmgrpo.off_policy import opmd, rec_ring
+from mmgrpo.ratios import decision, masked, sample_mean, sample_sum
 from mmgrpo.types import Evaluation
+from mmgrpo.weighting import narrowest, sampler_corrected, top_entropy
 
 F64 = torch.float64
 
@@ -43,44 +30,7 @@ def close(got: Tensor, *expected: float, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(got, numbers(*expected).reshape(got.shape).to(got.dtype), rtol=0, atol=tolerance)
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "clipped": clipped,
-    "clip-higher": partial(clipped, low=0.2, high=0.28),
-    "two-sided": partial(clipped, ceiling=4.0),
-    "narrow": partial(clipped, low=1e-4, high=1e-4),
-    "reinforce": reinforce,
-    "guarded": guarded,
-    "guarded, not by dt": partial(guarded, scale_by_dt=False),
-    "gspo": gspo,
-    "gspo-token": gspo_token,
-    "cispo": cispo,
-    "corrected": sampler_corrected(objective=clipped),
-    "top entropy": top_entropy(objective=clipped, share=1.0),  # a smaller share is tested on its own
-}
-AGGREGATIONS: dict[str, Aggregation] = {
-    "seq_mean": seq_mean,
-    "token_mean": token_mean,
-    "constant": partial(constant, length=6),
-}
-each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 each_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS.values(), ids=AGGREGATIONS.keys())
-
-
-def evaluation(log_ratio: Tensor) -> Evaluation:
-    """Gaussian steps with the given log-ratios, other fields of plausible size."""
-    generator = torch.Generator().manual_seed(3)
-    drift, std, dt = (torch.rand(log_ratio.shape, generator=generator, dtype=F64) + 0.1 for _ in range(3))
-    same = torch.zeros(log_ratio.shape, dtype=F64)  # a sampler with the replay's own kernels
-    return Evaluation(log_ratio, drift=1e-3 * drift, step_std=std, dt=dt, sampler_gap=same, entropy=drift)
-
-
-def drawn(rows: int, steps: int, seed: int = 0, scale: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-ratios, advantages and a mask with rows of unequal length; (B, S) each."""
-    generator = torch.Generator().manual_seed(seed)
-    log_ratio = scale * torch.randn(rows, steps, generator=generator, dtype=F64)
-    advantages = torch.randn(rows, 1, generator=generator, dtype=F64).expand(rows, steps)
-    lengths = torch.randint(1, steps + 1, (rows, 1), generator=generator)
-    return log_ratio, advantages, torch.arange(steps) < lengths
 
 
 # Objectives
@@ -150,18 +100,6 @@ def test_a_narrow_clip_keeps_its_width_in_float32() -> None:
     assert inside.grad.item() == pytest.approx(-1, abs=1e-5) and outside.grad.item() == 0
 
 
-@each_objective
-def test_on_policy_the_gradient_is_minus_the_advantage(objective: Objective) -> None:
-    log_ratio, advantages, _ = drawn(6, 5)
-    here = evaluation(torch.zeros_like(log_ratio).requires_grad_())
-    here = replace(here, drift=torch.zeros_like(log_ratio))
-    objective(here, advantages).sum().backward()
-    assert here.step_std is not None and here.dt is not None and here.log_ratio.grad is not None
-    factor = {"guarded": here.step_std / here.dt, "guarded, not by dt": here.step_std}
-    name = next(key for key, value in OBJECTIVES.items() if value is objective)
-    torch.testing.assert_close(here.log_ratio.grad, -advantages * factor.get(name, torch.ones_like(advantages)))
-
-
 def test_reinforce_is_linear_in_the_log_ratio() -> None:
     log_ratio, advantages, _ = drawn(3, 4)
     log_ratio.requires_grad_()
@@ -215,10 +153,13 @@ def test_what_an_objective_needs_is_known_before_training() -> None:
     guarded_needs = facts(partial(partial(guarded, low=1e-5), high=1e-5)).needs
     assert facts(guarded).needs == guarded_needs == ("drift", "step_std", "dt")
     both = sampler_corrected(objective=top_entropy(objective=guarded))
-    assert facts(both) == (("drift", "step_std", "dt", "entropy", "sampler_gap"), "batch")
+    assert facts(both) == (("drift", "step_std", "dt", "entropy", "sampler_gap"), "batch", True)
     assert facts(partial(gspo, low=0.1)).couples == facts(sampler_corrected(objective=gspo_token)).couples == "sample"
     assert facts(sampler_corrected(level="sample")).couples == "sample" and facts(clipped).couples == "decision"
-    with pytest.raises(ValueError, match=r"needs 'drift' of every decision; the policy evaluates \['log_ratio'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"'drift' of every decision; the policy evaluates \['log_ratio'\]; expected a policy of denoising",
+    ):
         guarded(Evaluation(torch.zeros(1, 1)), torch.ones(1, 1))
 
 
@@ -305,15 +246,11 @@ def test_the_decisions_of_highest_entropy_equal_the_worked_example(share, kept) 
 
 
 def test_the_clip_width_is_read_from_the_objective_as_a_recipe_builds_it() -> None:
-    assert clip_width(partial(clipped, low=0.1)) == 0.1 and clip_width(gspo) == 3e-4
-    assert clip_width(sampler_corrected(objective=partial(clipped, low=0.3, high=0.28))) == 0.28
-    assert clip_width(reinforce) is None and clip_width(cispo) is None
-
-
-@each_objective
-def test_objectives_refuse_advantages_of_another_shape(objective: Objective) -> None:
-    with pytest.raises(ValueError, match="advantages has shape"):
-        objective(evaluation(torch.zeros(3, 2, dtype=F64)), torch.ones(3, 1))
+    assert narrowest(partial(clipped, low=0.1)) == (0.1, decision) and narrowest(gspo) == (3e-4, sample_mean)
+    assert narrowest(sampler_corrected(objective=partial(clipped, low=0.3, high=0.28))) == (0.28, decision)
+    assert narrowest(dhpo) == (3e-4, sample_mean) and narrowest(rec_ring) == (0.2, decision)
+    assert narrowest(top_entropy(objective=rloo)) == (0.2, sample_sum)
+    assert narrowest(reinforce) is narrowest(cispo) is narrowest(opmd) is None
 
 
 def test_mistaken_options_of_weights_are_refused() -> None:
@@ -368,30 +305,6 @@ def test_means_agree_when_all_lengths_are_equal() -> None:
     torch.testing.assert_close(sums[1], sums[2], rtol=1e-6, atol=1e-9)
 
 
-@each_objective
-@each_aggregation
-@pytest.mark.parametrize("parts", [[3, 3], [1, 2, 3], [1] * 6])
-def test_parts_with_the_shared_denominator_add_up_to_the_whole(
-    objective: Objective, aggregation: Aggregation, parts: list[int]
-) -> None:
-    log_ratio, advantages, mask = drawn(6, 6)
-    keep = torch.tensor([True, True, False, True, True, True])
-    whole, split = log_ratio.clone().requires_grad_(), log_ratio.clone().requires_grad_()
-    loss = weighted_sum(objective(evaluation(whole), advantages), aggregation(mask, keep=keep))
-    loss.backward()
-    rows = [slice(sum(parts[:i]), sum(parts[: i + 1])) for i in range(len(parts))]
-    total = torch.stack([denominator(aggregation, mask[row], keep[row]) for row in rows]).sum()
-    full, losses = evaluation(split), []
-    for row in rows:
-        part = Evaluation(**{name: value[row] for name, value in full.tensors().items()})
-        losses.append(
-            weighted_sum(objective(part, advantages[row]), aggregation(mask[row], keep=keep[row], total=total))
-        )
-    torch.stack(losses).sum().backward()
-    torch.testing.assert_close(torch.stack(losses).sum(), loss)
-    torch.testing.assert_close(split.grad, whole.grad)
-
-
 @each_aggregation
 def test_a_half_masked_batch_has_the_loss_of_the_kept_half(aggregation: Aggregation) -> None:
     loss, _, mask = drawn(6, 6)
@@ -416,30 +329,6 @@ def test_nothing_trained_gives_a_loss_of_zero(aggregation: Aggregation) -> None:
     mask = torch.zeros(2, 3, dtype=torch.bool)
     for keep in (None, torch.zeros(2, dtype=torch.bool)):
         assert weighted_sum(torch.ones(2, 3), aggregation(mask, keep=keep)) == 0
-
-
-@each_objective
-@each_aggregation
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_garbage_in_untrained_decisions_reaches_neither_value_nor_gradient(
-    objective: Objective, aggregation: Aggregation, garbage: float
-) -> None:
-    log_ratio, advantages, mask = drawn(6, 6)
-
-    def run(fill: float) -> tuple[Tensor, Tensor]:
-        leaf = torch.where(mask, log_ratio, fill).requires_grad_()
-        broken = {name: torch.where(mask, value, fill) for name, value in evaluation(log_ratio).tensors().items()}
-        here = masked(Evaluation(**{**broken, "log_ratio": leaf}), mask)
-        assert all((value[~mask] == 0).all() for value in here.tensors().values())
-        loss = weighted_sum(objective(here, advantages), aggregation(mask))
-        loss.backward()
-        assert leaf.grad is not None
-        return loss, leaf.grad
-
-    (loss, gradient), (expected, expected_gradient) = run(garbage), run(0.0)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient, expected_gradient)
-    assert (gradient[~mask] == 0).all() and (gradient[mask] != 0).any() and torch.isfinite(loss)
 
 
 def test_the_sum_alone_keeps_garbage_losses_out() -> None:

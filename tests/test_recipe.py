@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmgrpo import recipe as sections
+from mmgrpo.facts import facts
+from mmgrpo.ratios import sample_mean
 from mmgrpo.recipe import Recipe, RecipeError, build, load, resolved
 from mmgrpo.toml import write
+from mmgrpo.weighting import narrowest
 
 PARTS = """
 from collections.abc import Callable, Mapping
@@ -276,11 +279,74 @@ def test_a_mistake_is_one_line_that_names_the_key(demo: Path, override: str, mes
         (["rewards.blue.weight=0", "rewards.red.weight=0"], "rewards"),
         (["rewards.blue.held_out_only=true"], "rewards.held_out_only"),
         (["train.stage=pretrain", "train.rounds=2"], "train.stage"),
+        (["objective={build='mmgrpo.contrasts:regressed'}"], "objective"),
+        (["loss.kl_in_reward=0.1"], "loss.kl_in_reward"),
+        (["entropy.least=0.3", "entropy.most=0.2"], "entropy.most"),
+        (["entropy.band=[1.0, 2.0]"], "entropy.band"),
+        (["entropy.band=[2.0, 1.0]", "entropy.band_weight=0.1"], "entropy.band"),
     ],
 )
 def test_a_combination_that_would_train_wrongly_is_refused(demo: Path, overrides: list[str], key: str) -> None:
     with pytest.raises(RecipeError, match=rf"^demo\.toml: {key}: .* expected"):
         load(demo, overrides)
+
+
+NAMED = {
+    "objectives": (
+        "clipped", "dapo", "ngrpo", "two_sided", "gspo", "gspo_token", "luspo", "rloo", "reinforce", "guarded", "cispo",
+        "sapo", "gmpo", "vespo", "dhpo", "dhpo_guided", "elastic",
+    ),
+    "off_policy": (
+        "rec_one_side", "rec_one_side_is", "rec_two_side", "rec_two_side_is", "rec_ring", "rec_sample", "opmd", "opmd_kimi",
+        "asymre", "red_weight",
+    ),
+    "contrasts": ("disco", "disco_ratio", "disco_b", "dno", "dno_hard"),
+    "weighting": ("sampler_corrected", "top_entropy", "without_stale", "by_kind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [f"mmgrpo.{module}:{name}" for module, names in NAMED.items() for name in names])
+def test_every_named_objective_can_be_asked_for_and_reads_back_equal(demo: Path, name: str) -> None:
+    recipe = load(demo, [f"objective={{build='{name}'}}"])
+    demo.with_name("again.toml").write_text(resolved(recipe), encoding="utf-8")
+    again = load(demo.with_name("again.toml"))
+    assert again == recipe
+    one, other = (facts(build(found.objective, "objective")) for found in (recipe, again))
+    assert one == other
+
+
+def test_a_named_objective_keeps_its_factor_and_takes_further_options(demo: Path) -> None:
+    objective = build(load(demo, ["objective={build='mmgrpo.objectives:gspo', low=0.1}"]).objective, "objective")
+    assert facts(objective).couples == "sample" and narrowest(objective) == (4e-4, sample_mean)
+    mixed = "{build='mmgrpo.objectives:by_entropy', invert=true}"
+    objective = build(
+        load(demo, [f"objective={{build='mmgrpo.objectives:dhpo', mixing={mixed}}}"]).objective, "objective"
+    )
+    assert facts(objective).needs == ("entropy",)
+    ring = "{build='mmgrpo.off_policy:ring', outer_low=0.5}"
+    objective = build(load(demo, [f"objective={{build='mmgrpo.off_policy:rec_one_side', keep={ring}}}"]).objective, "")
+    assert objective.keywords["keep"].keywords["outer_low"] == 0.5
+    with pytest.raises(RecipeError, match=r"objective\.lo: unknown key of mmgrpo\.objectives:gspo; did you mean 'low'"):
+        load(demo, ["objective={build='mmgrpo.objectives:gspo', lo=0.1}"])
+
+
+OWN = """
+from mmgrpo.facts import Facts
+
+def paired(evaluation, advantages, *, low: float = 0.1):
+    return -advantages * evaluation.log_ratio
+
+FACTS = {paired: Facts(("entropy",), "batch", every=True)}
+"""
+
+
+def test_an_own_file_says_what_its_objective_needs(demo: Path) -> None:
+    own = demo.with_name("own.py")
+    own.write_text(OWN, encoding="utf-8")
+    recipe = load(demo, [f"objective={{build='{own.as_posix()}:paired', low=0.2}}"])
+    assert facts(build(recipe.objective, "objective")) == (("entropy",), "batch", True)
+    needy = {"build": "mmgrpo.weighting:without_stale", "objective": dict(recipe.objective)}
+    assert facts(build(needy, "objective")) == (("entropy",), "batch", True)
 
 
 def test_a_missing_option_is_named(demo: Path) -> None:
@@ -304,7 +370,7 @@ def test_a_missing_package_of_a_component_is_named(demo: Path) -> None:
 
 
 def test_there_are_fewer_than_sixty_options() -> None:
-    kinds = ("Prompts", "Evaluation", "Reward", "Loss", "Reference", "Ema", "Optimizer", "Train")
+    kinds = ("Prompts", "Evaluation", "Reward", "Loss", "Entropy", "Reference", "Ema", "Optimizer", "Train")
     assert sum(len(fields(vars(sections)[kind])) for kind in kinds) < 60
 
 

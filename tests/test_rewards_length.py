@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo.types import Batch, Prompt, Samples
-from rewards.length import length_penalty, overlong, repeated, repetition_penalty
+from rewards.length import envelope, length_penalty, overlong, repeated, repetition_penalty
 
 
 def written(*texts: str, length: list[int] | None = None) -> Samples:
@@ -32,6 +32,14 @@ def test_overlong_shaping_has_the_values_of_dapo():
 def test_overlong_shaping_refuses_a_cache_that_does_not_fit_its_limit(limit: int, cache: int):
     with pytest.raises(ValueError, match=f"limit is {limit} and cache {cache} tokens; expected 0 < cache <= limit"):
         overlong(written(length=[1]), limit=limit, cache=cache)
+
+
+def test_the_envelope_has_the_values_of_the_worked_example():
+    count = [40, 50, 75, 100, 300, 400, 500, 501]
+    scores = envelope(written(length=count), least=50, low=100, high=300, most=500)
+    same(scores, [0, 0, 0.5, 1, 1, 0.5, 0, 0])
+    with pytest.raises(ValueError, match="are 50, 40, 300, 500 tokens; expected an increasing order"):
+        envelope(written(length=[1]), least=50, low=40, high=300, most=500)
 
 
 def test_a_length_penalty_counts_tokens_above_the_wanted_or_on_both_sides():

@@ -19,10 +19,10 @@ from mmgrpo.components import build
 from mmgrpo.scoring import score
 from mmgrpo.toml import RecipeError
 from mmgrpo.types import Batch, Prompt, Samples
+from rewards.compose import guarded
 from rewards.speech import (
     dnsmos,
     dnsmos_p808,
-    guarded,
     log_spectral_distance,
     measures,
     pesq,
@@ -431,7 +431,7 @@ def test_a_guards_limits_are_named_as_the_guards_and_it_has_one_component(spoken
 
 def test_a_recipes_tables_build_a_guard(spoken: Samples):
     table = {
-        "build": "rewards.speech:guarded",
+        "build": "rewards.compose:guarded",
         "quality": {"build": "rewards.speech:si_sdr"},
         "guards": {"stoi": {"build": "rewards.speech:stoi", "processes": 0}},
         "least": {"stoi": 2.0},

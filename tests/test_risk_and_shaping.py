@@ -10,11 +10,10 @@ from torch import Tensor
 
 from mmgrpo import checkpoint
 from mmgrpo.advantages import standardized
-from mmgrpo.comparing import Remembering, teaching
+from mmgrpo.comparing import Remembering, column_of, teaching
 from mmgrpo.risk import LEVELS, Risk, bundle_risk, mixed_value_at_risk, tracked
 from mmgrpo.shaping import (
     clause_hardness,
-    column,
     difficulty_scaled,
     distribution_centric,
     shrunk_by_likelihood,
@@ -182,7 +181,7 @@ def test_prompts_at_the_mean_of_their_category_keep_their_advantage_and_means_go
     assert compare.memory["hardness y"].tolist() == pytest.approx([3.6, 4.0])
     close(without_outliers(numbers(1, 1, 1, 9), 0.25), 1, 1, 1)
     with pytest.raises(ValueError, match="a number in the column 'hardness' of every prompt; got \\['hard'\\]"):
-        column(told(numbers(1), ids(0), [{"hardness": "hard"}]), "hardness")
+        column_of(told(numbers(1), ids(0), [{"hardness": "hard"}]), "hardness")
 
 
 def test_a_memory_is_part_of_a_checkpoint(tmp_path: Path):

@@ -86,6 +86,7 @@ CASES = [
 ELSEWHERE = {
     "demo_image",
     "demo_vlm",
+    "demo_video_edit",  # in test_demo_video_edit.py
     "demo_speech",  # with the pair of metrics in test_demo_speech.py
     "speech_single_metric",
     "speech_multi_metric",

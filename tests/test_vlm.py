@@ -351,8 +351,8 @@ def test_bfloat16_replays_are_exact_and_the_samplers_rounding_is_told(tmp_path):
 
 
 def test_rows_without_advantage_change_neither_the_loss_nor_its_gradient(tmp_path):
+    from mmgrpo.aggregations import seq_mean
     from mmgrpo.improve import Given, Loss, accumulate
-    from mmgrpo.objectives import seq_mean
 
     prompts = prompts_of(NAMED[SEES], tmp_path)
     policy = policy_of(SEES)
@@ -446,7 +446,7 @@ def test_an_evaluation_of_tokens_has_the_fields_that_objectives_ask_for(tmp_path
     trajectory, _ = policy.rollout(batch_of(prompts))
     found: list[Evaluation] = []
     policy.replay(trajectory, lambda chunk: found.append(chunk.evaluation))
-    assert found[0].tensors().keys() == {"log_ratio", "sampler_gap", "entropy"}
+    assert found[0].tensors().keys() == {"log_ratio", "log_prob", "sampler_gap", "entropy"}
     assert (
         found[0].log_ratio.requires_grad and found[0].entropy.requires_grad and not found[0].sampler_gap.requires_grad
     )

@@ -107,8 +107,15 @@ def test_a_clip_below_the_samplers_rounding_is_refused(recipe) -> None:
             "reference.kind='adapters_off'",
             "policy.top_p=0.9",
         ),
+        (
+            "entropy.target=9.0",
+            "entropy.delta=0.1",
+            "loss.kl_in_reward=0.1",
+            "reference.kind='ema'",
+            "reference.decay=0.5",
+        ),
     ],
-    ids=["one update", "several updates and rounds", "kl to an average", "adapters, truncated"],
+    ids=["one update", "several updates and rounds", "kl to an average", "adapters, truncated", "entropy and kl"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe, tmp_path, overrides) -> None:
     train(recipe(*overrides), tmp_path / "whole")
@@ -157,11 +164,19 @@ OBJECTIVES = {
     "cispo": ["objective.build='mmgrpo.objectives:cispo'", "loss.aggregation='token_mean'"],
     "reinforce": ["objective.build='mmgrpo.objectives:reinforce'"],
     "corrected": [
-        "objective={build='mmgrpo.objectives:sampler_corrected', objective={build='mmgrpo.objectives:clipped'}}"
+        "objective={build='mmgrpo.weighting:sampler_corrected', objective={build='mmgrpo.objectives:clipped'}}"
     ],
     "top entropy": [
-        "objective={build='mmgrpo.objectives:top_entropy', objective={build='mmgrpo.objectives:clipped'}, share=0.5}"
+        "objective={build='mmgrpo.weighting:top_entropy', objective={build='mmgrpo.objectives:clipped'}, share=0.5}"
     ],
+    "vespo": ["objective.build='mmgrpo.objectives:vespo'"],
+    "elastic": ["objective.build='mmgrpo.objectives:elastic'"],
+    "disco": ["objective={build='mmgrpo.contrasts:disco', threshold=0.9}"],
+    "dno": ["objective.build='mmgrpo.contrasts:dno'"],
+    "regressed": ["objective.build='mmgrpo.contrasts:regressed'", "reference.kind='frozen'"],
+    "adaptive entropy": ["entropy.target=9.0", "loss.entropy_weight=0.01"],
+    "band of entropy": ["entropy.band=[1.0, 2.0]", "entropy.band_weight=0.1"],
+    "kl in the reward": ["loss.kl_in_reward=0.1", "reference.kind='frozen'"],
     "k2": ["loss.kl='k2'", "loss.kl_weight=0.1", "reference.kind='frozen'"],
     "k3": ["loss.kl='k3'", "loss.kl_weight=0.1", "reference.kind='frozen'"],
     "unbiased k3": ["loss.kl='k3_unbiased'", "loss.kl_weight=0.1", "reference.kind='previous'"],
@@ -169,7 +184,10 @@ OBJECTIVES = {
 NEEDS_TOKENS = {
     "corrected",
     "top entropy",
-}  # a denoising step has neither a second sampler nor an entropy that is reported
+    "disco",
+    "adaptive entropy",
+    "band of entropy",
+}  # a denoising step has neither a second sampler nor an entropy that is reported, nor the probability of what was chosen
 
 
 SMALL = ["train.iterations=2", "train.updates=2"]
@@ -200,3 +218,24 @@ def plain_image(overrides: list[str]) -> list[str]:
     named = [item for item in overrides if item.startswith("objective")]
     chosen = named[0].split("=", 1)[1] if named else "'mmgrpo.objectives:clipped'"
     return [f"objective={{build={chosen}}}", *(item for item in overrides if not item.startswith("objective"))]
+
+
+def test_the_weight_of_the_entropy_follows_its_target_from_update_to_update(recipe, tmp_path) -> None:
+    overrides = ("entropy.target=9.0", "entropy.delta=0.1", "loss.entropy_weight=0.25", "train.iterations=3")
+    run = train(recipe(*overrides), tmp_path / "run")
+    lines = journal.read(tmp_path / "run")
+    assert [line["update/entropy_weight"] for line in lines] == pytest.approx(
+        [0, 0.35, 0.45]
+    )  # nothing is known at first
+    assert all(line["update/samples"] == 16 for line in lines)  # those without an advantage have an entropy too
+    assert run.bonus.weight == pytest.approx(0.55) and run.bonus.last == lines[-1]["update/entropy_mean"]
+    assert lines[-1]["update/entropy_mean"] == pytest.approx(lines[-1]["update/decisions/entropy"], rel=1e-5)
+
+
+def test_a_kl_in_the_reward_changes_the_advantages_once_the_policy_has_moved(recipe, tmp_path) -> None:
+    run = train(recipe("loss.kl_in_reward=10.0", "reference.kind='frozen'", "train.iterations=2"), tmp_path / "held")
+    lines = journal.read(tmp_path / "held")
+    assert lines[0]["rollout/kl_to_reference"] == 0 and lines[1]["rollout/kl_to_reference"] != 0
+    free = train(recipe("train.iterations=2"), tmp_path / "free")
+    moved = [torch.cat([value.flatten() for value in one.policy.trainable().values()]) for one in (run, free)]
+    assert not torch.equal(*moved)

@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_recipes_and_the_demos_files(wheel: Path) -> None:
     packed = set(ZipFile(wheel).namelist())
     recipes = {f"pipelines/recipes/{path.name}" for path in (ROOT / "pipelines" / "recipes").glob("*.toml")}
     assets = ROOT / "assets"
-    files = [path for demo in ("image_demo", "vlm_demo") for path in (assets / demo).rglob("*") if path.is_file()]
+    files = [path for demo in assets.glob("*_demo") for path in demo.rglob("*") if path.is_file()]
     shipped = {f"pipelines/shipped/{path.relative_to(assets)}" for path in files}
     assert recipes | shipped <= packed
     assert recipes

@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from mmgrpo import recipe, trainer
 from mmgrpo.advantages import standardized
+from mmgrpo.aggregations import seq_mean
 from mmgrpo.data import requests
 from mmgrpo.improve import Loss
 from mmgrpo.journal import peak_memory
-from mmgrpo.objectives import clipped, seq_mean
+from mmgrpo.objectives import clipped
 from mmgrpo.run import Run
 from mmgrpo.schedules import all_but_last
 from mmgrpo.shadow import Reference

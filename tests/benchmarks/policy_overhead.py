@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Generator, nn
 
+from mmgrpo.aggregations import seq_mean
 from mmgrpo.improve import Given, Loss, accumulate
-from mmgrpo.objectives import clipped, seq_mean
+from mmgrpo.objectives import clipped
 from mmgrpo.types import Batch
 from pipelines import arguments
 

@@ -7,8 +7,9 @@ are in memory at once.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mmgrpo.aggregations import seq_mean
 from mmgrpo.improve import Given, Loss, accumulate
-from mmgrpo.objectives import clipped, seq_mean
+from mmgrpo.objectives import clipped
 from mmgrpo.types import Trajectory
 
 from .measuring import Bench, advantages, built, group, options, paired, report, throughput

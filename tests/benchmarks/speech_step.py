@@ -19,9 +19,10 @@ import torch
 
 from mmgrpo import recipe, trainer
 from mmgrpo.advantages import gdpo
+from mmgrpo.aggregations import seq_mean
 from mmgrpo.improve import Loss
 from mmgrpo.journal import peak_memory
-from mmgrpo.objectives import clipped, seq_mean
+from mmgrpo.objectives import clipped
 from mmgrpo.run import Run
 from mmgrpo.schedules import random_subset
 from mmgrpo.shadow import Reference

@@ -16,9 +16,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mmgrpo import recipe
 from mmgrpo.advantages import standardized
+from mmgrpo.aggregations import seq_mean
 from mmgrpo.gathering import next_batch
 from mmgrpo.improve import Given, Loss, accumulate
-from mmgrpo.objectives import clipped, seq_mean
+from mmgrpo.objectives import clipped
 from mmgrpo.run import Run
 from mmgrpo.scoring import score
 from mmgrpo.shadow import Reference

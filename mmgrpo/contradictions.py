@@ -1,0 +1,91 @@
+"""What a recipe must not say: options that are each valid but that together would train wrongly, or not as the reader believes."""
+
+from typing import TYPE_CHECKING
+
+from mmgrpo.components import build
+from mmgrpo.facts import facts
+from mmgrpo.toml import RecipeError
+
+if TYPE_CHECKING:
+    from mmgrpo.recipe import Recipe
+
+
+Problems = dict[str, str | bool]  # key -> what is wrong with it, or nothing
+
+
+def refuse_contradictions(recipe: "Recipe", where: str) -> None:
+    """Raise RecipeError naming the first key that contradicts another."""
+    for key, problem in (in_training(recipe) | in_loss(recipe, where) | in_entropy(recipe)).items():
+        if problem:
+            raise RecipeError(f"{where}{key}: {problem}")
+
+
+def in_training(recipe: "Recipe") -> Problems:
+    """What is wrong with rewards and the loop."""
+    train, loss = recipe.train, recipe.loss
+    kept = round(train.keep_share * train.group_size)
+    aligned = train.stage == "align"
+    return {
+        "rewards": aligned
+        and all(reward.weight == 0 for reward in recipe.rewards)
+        and ("every weight is 0; expected one to train on" if recipe.rewards else "missing, and it has no default"),
+        "rewards.held_out_only": any(reward.held_out_only and reward.weight for reward in recipe.rewards)
+        and "true arrived with a weight; expected weight 0, training does not ask such a reward",
+        "train.stage": not aligned
+        and (train.rounds, train.passes, train.keep_share, loss.kl_weight, loss.kl_in_reward) != (1, 1, 1.0, 0.0, 0.0)
+        and f"{train.stage!r} arrived with train.rounds, train.passes, train.keep_share, loss.kl_weight or loss.kl_in_reward; expected "
+        "none of these, they concern the stage 'align'",
+        "train.group_size": aligned
+        and train.group_size < 2
+        and f"{train.group_size} arrived; expected at least 2, a sample is compared with others of its prompt",
+        "train.updates": train.prompts % train.updates != 0
+        and f"{train.updates} updates cannot share {train.prompts} prompts evenly; expected a divisor",
+        "train.keep_share": aligned
+        and kept < 2
+        and f"keeps {kept} of {train.group_size} samples; expected at least a top and a bottom one",
+        "train.evaluate_every": train.evaluate_every > 0
+        and not recipe.evaluation.source
+        and f"{train.evaluate_every} arrived; expected evaluation.source to name the held-out prompts",
+    }
+
+
+def in_loss(recipe: "Recipe", where: str) -> Problems:
+    """What is wrong with the terms of the loss and the reference."""
+    loss, reference = recipe.loss, recipe.reference
+    asks = recipe.train.stage == "align" and "to_reference" in facts(build(recipe.objective, where + "objective")).needs
+    refers = asks or loss.kl_weight > 0 or loss.kl_in_reward > 0
+    return {
+        "loss.length": (loss.aggregation == "constant") != (loss.length is not None)
+        and f"{loss.length} arrived with aggregation {loss.aggregation!r}; expected one with 'constant' alone",
+        "loss.kl_weight": loss.kl_weight > 0
+        and reference.kind == "none"
+        and f"{loss.kl_weight} arrived; expected reference.kind to say what the KL is measured to",
+        "loss.kl_kinds": loss.kl_weight == 0
+        and bool(loss.kl_kinds or loss.kl_shares)
+        and f"{dict(loss.kl_kinds)} and loss.kl_shares {dict(loss.kl_shares)} arrived with loss.kl_weight 0; expected a weight",
+        "loss.kl_in_reward": loss.kl_in_reward > 0
+        and reference.kind == "none"
+        and f"{loss.kl_in_reward} arrived; expected reference.kind to say what the KL is measured to",
+        "objective": asks
+        and reference.kind == "none"
+        and f"{recipe.objective['build']} compares with a reference; expected reference.kind to say which",
+        "reference.kind": not refers
+        and reference.kind != "none"
+        and f"{reference.kind!r} arrived with loss.kl_weight 0; expected 'none', nothing would use it",
+        "reference.decay": (reference.kind == "ema") != (reference.decay is not None)
+        and f"{reference.decay} arrived with kind {reference.kind!r}; expected a decay with 'ema' and only there",
+    }
+
+
+def in_entropy(recipe: "Recipe") -> Problems:
+    """What is wrong with the bounds of the entropy."""
+    entropy = recipe.entropy
+    return {
+        "entropy.most": entropy.most < entropy.least
+        and f"{entropy.most} arrived; expected at least entropy.least, {entropy.least}",
+        "entropy.band": (
+            (entropy.band is None) != (entropy.band_weight == 0)
+            or (entropy.band is not None and entropy.band[0] > entropy.band[1])
+        )
+        and f"{entropy.band} arrived with entropy.band_weight {entropy.band_weight}; expected [low, high] and a weight, or neither",
+    }

@@ -1,0 +1,105 @@
+"""The catalogue of methods: every entry is a part of a recipe that loads, says what it needs, and yields to the user."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mmgrpo.cli import app
+from mmgrpo.components import build
+from mmgrpo.methods import catalogue, definition, find, needs
+from mmgrpo.recipe import Recipe, RecipeError, load, resolved
+from mmgrpo.toml import write
+
+every = pytest.mark.parametrize("name", catalogue())
+BASE = """
+[policy]
+build = "pipelines.vlm:load"
+model = "model"
+max_new_tokens = 8
+[prompts]
+source = "prompts.jsonl"
+[[rewards]]
+name = "length"
+build = "rewards.length:overlong"
+[optimizer]
+learning_rate = 1e-4
+[train]
+iterations = 1
+prompts = 4
+group_size = 4
+"""
+PUBLISHED = """
+mc_grpo risk_mvar gdpo gaussian_rank ngrpo dist_centric token_hidden_reward unlikeliness gigpo salt_graph edge_grpo dr_irl_scaling
+elastic_clip hybrid_ratio disco asymre opmd red_drop red_weight dno entropy_clip_batch entropy_clip_vocabulary grpo two_grpo dr_grpo
+dapo lite_ppo rloo reinforce_pp reinforce_pp_baseline gspo gspo_token gmpo cispo sapo luspo vespo two_sided tis mis off_policy_mask
+top_entropy entropy_bonus a_star_po
+""".split()
+
+
+def loaded(folder: Path, *lines: str) -> Recipe:
+    path = folder / "mine.toml"
+    path.write_text("\n".join(lines) + "\n" + BASE, encoding="utf-8")
+    return load(path)
+
+
+def test_the_published_methods_are_there():
+    assert set(PUBLISHED) <= set(catalogue())
+
+
+@every
+def test_a_method_is_one_line_of_a_recipe_and_equals_its_part_written_out(tmp_path, name):
+    short = loaded(tmp_path, f'method = "{name}"')
+    assert short.method == name
+    parts = find(name, "").recipe
+    merged = {**tomllib.loads(BASE)}
+    for section, options in parts.items():
+        merged[section] = {**options, **merged.get(section, {})}
+    (tmp_path / "long.toml").write_text(write(merged), encoding="utf-8")
+    long = load(tmp_path / "long.toml")
+    assert (short.advantage, short.objective, short.loss) == (long.advantage, long.objective, long.loss)
+    assert (short.train, short.entropy) == (long.train, long.entropy)
+    (tmp_path / "again.toml").write_text(resolved(short), encoding="utf-8")
+    assert load(tmp_path / "again.toml") == short
+
+
+@every
+def test_its_parts_are_built_and_its_definition_can_be_read(name):
+    method = find(name, "")
+    for section in ("advantage", "objective"):
+        if section in method.recipe:
+            assert callable(build(method.recipe[section], section))
+    text = definition(name)
+    assert method.paper in text and f'method = "{name}"' in text and all(need in text for need in needs(method))
+    if method.status != "exact":
+        parts = [
+            str(method.recipe[section]["build"]) for section in ("advantage", "objective") if section in method.recipe
+        ]
+        assert any(
+            word in text for word in ("PARTIAL", "RECONSTRUCTED", "RECALLED", "not published", "not confirmed")
+        ), parts
+
+
+def test_what_the_user_writes_wins(tmp_path):
+    named = loaded(tmp_path, 'method = "dapo"', "[objective]", "high = 0.4")
+    assert named.objective["high"] == 0.4 and named.objective["build"] == "mmgrpo.objectives:dapo"
+    other = loaded(tmp_path, 'method = "dapo"', "[objective]", 'build = "mmgrpo.objectives:cispo"')
+    assert (
+        other.objective == {"build": "mmgrpo.objectives:cispo", "cap": 5.0} and other.loss.aggregation == "token_mean"
+    )
+    assert loaded(tmp_path, 'method = "two_grpo"').train.group_size == 4  # the recipe's own
+
+
+def test_an_unknown_method_is_told_the_nearest_name(tmp_path):
+    with pytest.raises(RecipeError, match=r"mine\.toml: method: no method 'dappo'; did you mean 'dapo'\?"):
+        loaded(tmp_path, 'method = "dappo"')
+
+
+def test_the_command_lists_all_and_prints_one():
+    runner = CliRunner(env={"COLUMNS": "400"})
+    table = runner.invoke(app, ["methods"])
+    assert table.exit_code == 0 and all(name in table.output for name in catalogue())
+    one = runner.invoke(app, ["methods", "mc_grpo"])
+    assert one.exit_code == 0 and "least_scale = 0.1" in one.output and "arXiv 2601.22582" in one.output
+    assert isinstance(runner.invoke(app, ["methods", "mcgrpo"]).exception, RecipeError)
