@@ -68,7 +68,7 @@ def lightning(
 def named(feedback: Feedback, name: str) -> Tensor:
     """A reward by its name, (B,) float64; raises ValueError if there is none, or if it is infinite."""
     if name not in feedback.rewards:
-        raise ValueError(f"advantage: no reward is named {name!r}; expected one of {sorted(feedback.rewards)}")
+        raise ValueError(f"the advantage needs a reward named {name!r}; there are {sorted(feedback.rewards)}")
     values = feedback.rewards[name].double()
     if values.isinf().any():
         raise ValueError(f"reward {name!r} is infinite for {int(values.isinf().sum())} of {len(values)} samples")

@@ -124,7 +124,7 @@ def test_order_does_not_matter():
 
 
 def test_names_and_options_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="no reward is named 'right'; expected one of"):
+    with pytest.raises(ValueError, match="the advantage needs a reward named 'right'; there are"):
         lightning(feedback(CORRECT, SPEED), accuracy="right")
     with pytest.raises(ValueError, match="reward 'speed' is infinite for 1 of 2 samples"):
         lightning(feedback([1, 0], [1.0, float("inf")]))
