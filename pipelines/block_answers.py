@@ -120,7 +120,7 @@ class BlockAnswers:
         when it was decided, the recorded order taken as given; one masked copy for each forward of the rollout.
         """
         device = self.model.device
-        canvas = self._canvas(part, size)
+        canvas = self._canvas(part.batch, part.record["token"], size)
         length, step = part.record["length"].to(device), part.record["step"].to(device)
         copies = whole_blocks(canvas, length) if likelihood == "block" else in_order_filled(canvas, length, step)
         with self.answers.precision(), self.answers.saving_memory():
@@ -132,11 +132,10 @@ class BlockAnswers:
         empty = torch.zeros(len(part), int(length.max()), dtype=found.log_prob.dtype, device=device)
         return Scores(*(empty.index_put((row, slot - canvas.start[row]), values) for values in found))
 
-    def _canvas(self, part: Trajectory, size: int) -> Canvas:
-        """The recorded answers in blocks of `size`."""
-        canvas = blocks.canvas([self.tokens(prompt) for prompt in part.batch.prompts], size, self.most, self.mask)
-        token = part.record["token"].to(canvas.token.device)
-        canvas.token.scatter_(1, canvas.answer_slots(self.most), token)
+    def _canvas(self, batch: Batch, token: Tensor, size: int) -> Canvas:
+        """Answers (b, S) in blocks of `size`."""
+        canvas = blocks.canvas([self.tokens(prompt) for prompt in batch.prompts], size, self.most, self.mask)
+        canvas.token.scatter_(1, canvas.answer_slots(self.most), token.to(canvas.token.device))
         return canvas
 
     def _hidden(self, batch: Batch, canvas: Canvas, copies: Copies) -> Tensor:
@@ -194,10 +193,9 @@ class BlockAnswers:
         return token, length
 
     def _lesson(self, batch: Batch, token: Tensor, length: Tensor) -> Tensor:
-        """(b,)"""
+        """The losses of the targets (b, S), of (b,) tokens each; (b,)."""
         device = self.model.device
-        part = Trajectory(batch, torch.ones_like(token).bool(), token, {"token": token})
-        canvas = self._canvas(part, self.unmasking.size)
+        canvas = self._canvas(batch, token, self.unmasking.size)
         whole = whole_blocks(canvas, length.to(device), filled_up=True)
         share, noise = noises(batch, whole.number.shape[1], canvas.size)
         share, noise = share.to(device), noise.to(device)

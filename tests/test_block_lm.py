@@ -155,7 +155,7 @@ def test_a_token_does_not_see_itself_nor_in_the_block_likelihood_the_rest_of_its
     found = []
     for part in (trajectory, other):
         wanted = {**part.record, "token": trajectory.record["token"]}
-        canvas = policy.blocks._canvas(part, policy.blocks.likelihood_size)
+        canvas = policy.blocks._canvas(part.batch, part.record["token"], policy.blocks.likelihood_size)
         copies = block_answers.whole_blocks(canvas, part.record["length"])
         hidden = policy.blocks._hidden(part.batch, canvas, copies)
         found.append((hidden, wanted))
@@ -259,6 +259,19 @@ def test_lessons_do_not_depend_on_the_split():
     whole = losses(policy, batch)
     policy.blocks.answers.options = Options(replay_tokens=1)
     torch.testing.assert_close(losses(policy, batch), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lesson_in_which_nothing_is_masked_is_zero_and_has_a_gradient_of_zero():
+    policy, found = policy_of(), {}
+
+    def consume(rows: Tensor, values: Tensor) -> None:
+        values.sum().backward()
+        found[float(values.detach())] = float(torch.stack([w.grad.norm() for w in policy.trainable().values()]).norm())
+        policy.model.zero_grad()
+
+    for number in range(12):  # of one short block each
+        policy.teach(replace(batch_of([PROMPTS[1]], group_size=1), iteration=number), consume)
+    assert found.pop(0.0) == 0 and len(found) > 1 and min(found.values()) > 0
 
 
 def test_a_target_that_cannot_be_taught_is_named():
