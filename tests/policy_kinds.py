@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_block_lms
+import tiny_interleaved
 import tiny_vlms.policy as language
 from sounds import RATE, recordings, tiny
 from tiny_pipelines.policy import NAMED
@@ -59,6 +60,11 @@ def fewer_copies(policy: Any) -> None:
     policy.blocks.answers.options = AnswerOptions(replay_tokens=1)
 
 
+def interleaved(folder: Path) -> Made:
+    policy, prompts = tiny_interleaved.tiny(folder)
+    return policy, prompts[:2]
+
+
 def speech(folder: Path) -> Made:
     prompts = recordings(folder)[:2]
     mixing = Mixing(RATE, noise=folder / "noise", snr=(0, 5))
@@ -80,4 +86,5 @@ KINDS = (
     PolicyKind("text", partial(answers, "Qwen3ForCausalLM"), fewer_tokens),
     PolicyKind("text in blocks", partial(filled, "block"), fewer_copies),
     PolicyKind("text in blocks, by their order", partial(filled, "order"), fewer_copies),
+    PolicyKind("texts and images in turn, as tokens", interleaved, fewer_tokens),
 )
