@@ -96,6 +96,8 @@ ELSEWHERE = {
     "qwen25_vl_3b_geometry",  # these three in test_shipped_answering.py
     "qwen3_vl_8b_lora",
     "qwen25_vl_7b_video_qa",
+    "demo_block_lm",
+    "block_lm_sdar_8b",  # in test_shipped_block_lm.py
     "emu3_interleaved_warmup",  # these two in test_shipped_interleaved.py
     "emu3_interleaved",
 }
