@@ -1,0 +1,188 @@
+"""Claims about the losses: what is clipped, weighed, compared or held up."""
+
+from functools import partial
+
+from mmgrpo.advantages import centered, standardized
+from mmgrpo.aggregations import seq_mean, token_mean
+from mmgrpo.baselines import log_mean_exp, shifted
+from mmgrpo.contrasts import disco
+from mmgrpo.entropy import Adaptation
+from mmgrpo.objectives import (
+    cispo,
+    clipped,
+    dapo,
+    dhpo,
+    elastic,
+    gmpo,
+    gspo,
+    reinforce,
+    sapo,
+    two_sided,
+    vespo,
+)
+from mmgrpo.off_policy import opmd, opmd_kimi, rec_one_side, rec_ring, rec_two_side, red_weight, two_side
+from mmgrpo.weighting import sampler_corrected, top_entropy, without_stale
+
+from . import worlds
+from .claims import ENTROPY, REWARD, SPIKE, Claim, pass_at
+from .training import GRPO, Effort, Side
+
+STALE = Effort(updates=60, stale=10, passes=4)
+LATE = Effort(updates=60, stale=20, passes=2)
+LONG = Effort(updates=40, passes=4)
+PASSES = Effort(updates=20, passes=8)
+MANY = Effort(updates=60)
+MISMATCHED = Effort(updates=40)
+CENTERED = Side("centred GRPO", lambda: centered, clipped, token_mean)
+
+
+def plain() -> object:
+    return standardized
+
+
+def off_policy(name: str, objective: object, compare: object = lambda: centered) -> Side:
+    return Side(name, compare, objective, token_mean)
+
+
+CLAIMS = [
+    Claim(
+        "clip",
+        "on stale data the clip is what matters: GRPO against plain REINFORCE",
+        GRPO,
+        worlds.words,
+        STALE,
+        against=Side("REINFORCE", plain, reinforce),
+    ),
+    Claim(
+        "rec_one_side",
+        "with the clip the importance weight can go: not worse by more than 0.02",
+        off_policy("REC one-side", rec_one_side),
+        worlds.words,
+        STALE,
+        against=CENTERED,
+        tolerance=0.02,
+    ),
+    Claim(
+        "rec_wide",
+        "a wide two-sided clip (0.6, 2.0) learns faster",
+        off_policy("REC wide", partial(rec_two_side, keep=partial(two_side, low=0.6, high=2.0))),
+        worlds.words,
+        STALE,
+    ),
+    Claim("rec_ring", "so does the ring", off_policy("REC ring", rec_ring), worlds.words, STALE),
+    Claim(
+        "asymre",
+        "a baseline below the mean is steadier on stale data",
+        off_policy("AsymRE", reinforce, shifted),
+        worlds.words,
+        STALE,
+    ),
+    Claim(
+        "opmd",
+        "so is the baseline between mean and maximum",
+        off_policy("OPMD", opmd, lambda: log_mean_exp),
+        worlds.words,
+        STALE,
+    ),
+    Claim("opmd_kimi", "or a pull to the policy that sampled", off_policy("OPMD, Kimi", opmd_kimi), worlds.words, STALE),
+    Claim("red_weight", "good samples weigh more", off_policy("RED-Weight", red_weight), worlds.words, STALE),
+    Claim(
+        "disco",
+        "very hard and very easy prompts count like others",
+        Side("DisCO", plain, disco, lose_apart=True),
+        worlds.uneven,
+        Effort(samples=8, updates=40, bound=0.02),
+        tuned=None,
+        rate=50.0,
+    ),
+    Claim("gspo", "a sample's ratio is steadier on long texts", Side("GSPO", plain, gspo), worlds.long, LONG),
+    Claim("gmpo", "so is the geometric mean of ratios", Side("GMPO", plain, gmpo), worlds.long, LONG),
+    Claim("dhpo", "and the mean of both kinds of ratio", Side("DHPO", plain, dhpo), worlds.long, LONG),
+    Claim(
+        "clip_higher",
+        "a wider clip above keeps the entropy up",
+        Side("DAPO", plain, dapo, token_mean),
+        worlds.many,
+        PASSES,
+        ENTROPY,
+        None,
+        rate=20.0,
+    ),
+    Claim(
+        "cispo",
+        "clipping the weight alone lets rare tokens learn in every pass",
+        Side("CISPO", plain, cispo, token_mean),
+        worlds.words,
+        PASSES,
+    ),
+    Claim("sapo", "a smooth gate learns more than a hard clip", Side("SAPO", plain, sapo), worlds.words, PASSES),
+    Claim(
+        "elastic", "clip widths that follow advantage and spread", Side("ETR", plain, elastic), worlds.words, PASSES
+    ),
+    Claim(
+        "elastic_entropy",
+        "and the entropy falls more slowly",
+        Side("ETR", plain, elastic),
+        worlds.words,
+        PASSES,
+        ENTROPY,
+    ),
+    Claim(
+        "two_sided",
+        "a ceiling on the ratio of bad samples removes spikes of the gradient",
+        Side("two-sided clip", plain, two_sided),
+        worlds.words,
+        LATE,
+        SPIKE,
+    ),
+    Claim("vespo", "a smooth weight of whole samples stands staleness", Side("VESPO", plain, vespo, token_mean), worlds.words, LATE),
+    Claim(
+        "without_stale",
+        "leaving out bad samples that the policy has left stands staleness",
+        Side("off-policy mask", plain, without_stale()),
+        worlds.words,
+        LATE,
+    ),
+    Claim(
+        "truncated_correction",
+        "a sampler with other probabilities is corrected (TIS)",
+        Side("TIS", plain, sampler_corrected()),
+        worlds.mismatched,
+        MISMATCHED,
+    ),
+    Claim(
+        "masked_correction",
+        "or its outliers are left out (MIS)",
+        Side("MIS", plain, sampler_corrected(mode="mask", floor=0.5, cap=5.0)),
+        worlds.mismatched,
+        MISMATCHED,
+    ),
+    Claim(
+        "entropy_bonus",
+        "an entropy bonus of 0.01 keeps the entropy up",
+        Side("bonus", plain, entropy_weight=0.01),
+        worlds.many,
+        MANY,
+        ENTROPY,
+        None,
+        rate=20.0,
+    ),
+    Claim(
+        "adaptive_entropy",
+        "a bonus that follows the entropy holds it at 1 nat or above",
+        Side("adaptive bonus", plain, entropy_weight=0.0, adaptation=Adaptation(1.0), lose_apart=True),
+        worlds.many,
+        MANY,
+        ENTROPY,
+        None,
+        rate=20.0,
+    ),
+    Claim(
+        "top_entropy",
+        "the fifth of the tokens with the highest entropy is enough",
+        Side("top entropy", plain, top_entropy(), lose_apart=True),
+        worlds.forks,
+        Effort(updates=20),
+        tolerance=0.02,
+    ),
+]
