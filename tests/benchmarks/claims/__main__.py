@@ -1,6 +1,6 @@
 """Train every method and GRPO on the small task on which its paper's claim can be seen; one JSON line a claim.
 
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.claims --output assets
+OMP_NUM_THREADS=1 python -m tests.benchmarks.claims --output assets
 """
 
 import argparse

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mmgrpo.seeds import derive
 
-from .tables import Tables, World, roll
+from .tables import Tables, World
 from .training import GRPO, Effort, Side, Trained, judged, train
 from .worlds import Seeds
 
-RATES = (2.0, 6.0, 20.0, 60.0, 150.0, 400.0)  # of plain gradient descent
+RATES = (2.0, 6.0, 20.0, 60.0, 150.0, 400.0, 1000.0)  # of plain gradient descent
 TUNING = (1000, 1001, 1002, 1003)  # seeds that nothing is reported on
 CLEAR = 3.0  # standard errors
 LEAST = 0.01  # of what the other side has
@@ -74,7 +74,13 @@ class Outcome(NamedTuple):
 
 @cache
 def prepared(
-    world: Callable[[Seeds], World], side: Side, effort: Effort, tuned: Metric | None, rate: float, seeds: Seeds, tuning: Seeds
+    world: Callable[[Seeds], World],
+    side: Side,
+    effort: Effort,
+    tuned: Metric | None,
+    rate: float,
+    seeds: Seeds,
+    tuning: Seeds,
 ) -> tuple[Trained, float]:
     """A side trained on a world, which several claims may share, at the rate of the grid that is best on the tuning seeds."""
     if tuned is not None:
@@ -132,7 +138,7 @@ def line(claim: Claim, method: Outcome, against: Outcome) -> dict[str, Any]:
         + ("" if claim.tuned else f", both at learning rate {claim.rate:g}")
         + ("" if effort.bound == 1 else ", steps of equal length"),
         "seeds": len(method.values),
-        "method": figure(method.values)._asdict() | {"learning_rate": method.rate},
+        "method": {"name": claim.method.name} | figure(method.values)._asdict() | {"learning_rate": method.rate},
         "against": {"name": claim.against.name} | figure(against.values)._asdict() | {"learning_rate": against.rate},
         "difference": difference._asdict(),
         "standard_errors": difference.mean / difference.error if difference.error else 0.0,

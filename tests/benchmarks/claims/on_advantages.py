@@ -4,7 +4,7 @@ from functools import partial
 
 from mmgrpo.advantages import centered, gdpo, leave_one_out, scaled_sum, standardized
 from mmgrpo.aggregations import constant, seq_mean, token_mean
-from mmgrpo.baselines import balanced, batch_whitened, gaussian_rank, median, virtual_best
+from mmgrpo.baselines import batch_whitened, gaussian_rank, median, virtual_best
 from mmgrpo.credit import anchored_states, edges, shared_edges, token_hidden_reward
 from mmgrpo.entropy_clip import entropy_clipped
 from mmgrpo.objectives import clipped, luspo, ngrpo, rloo
@@ -22,7 +22,7 @@ VERY_HARD = partial(worlds.hard, away=4.0)
 EQUAL_STEPS = Effort(samples=8, updates=40, bound=0.02)
 MANY = Effort(updates=60)
 FEW = Effort(samples=8, updates=20)
-WALK = Effort(samples=8, updates=6)
+WALK = Effort(samples=8, updates=30, bound=0.02)
 RARE = Effort(samples=8, updates=60, passes=2)
 HARD_TO_FIND = Metric("expected reward of the hardest third", lambda t: t.world.chance(t.policy)[:, :4].mean(1))
 
@@ -136,8 +136,18 @@ CLAIMS = [
         Side("GiGPO", anchored_states),
         worlds.walk,
         WALK,
+        tuned=None,
+        rate=50.0,
     ),
-    Claim("salt", "steps that walks share are neutral", Side("SALT", shared_edges), worlds.walk, WALK),
+    Claim(
+        "salt",
+        "steps that walks share are neutral, those that differ carry the credit",
+        Side("SALT", shared_edges),
+        worlds.walk,
+        WALK,
+        tuned=None,
+        rate=50.0,
+    ),
     Claim(
         "edges",
         "each edge of a graph has its own advantage under a noisy binary reward",
@@ -216,12 +226,5 @@ CLAIMS = [
         worlds.chains,
         Effort(updates=30),
         pass_at(16),
-    ),
-    Claim(
-        "red_drop",
-        "dropping surplus negatives helps on stale data",
-        Side("RED-Drop", lambda: balanced),
-        worlds.words,
-        Effort(updates=60, stale=10, passes=4),
     ),
 ]

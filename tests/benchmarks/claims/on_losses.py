@@ -1,13 +1,15 @@
 """Claims about the losses: what is clipped, weighed, compared or held up."""
 
+from collections.abc import Callable
 from functools import partial
 
 from mmgrpo.advantages import centered, standardized
-from mmgrpo.aggregations import seq_mean, token_mean
-from mmgrpo.baselines import log_mean_exp, shifted
+from mmgrpo.aggregations import token_mean
+from mmgrpo.baselines import balanced, log_mean_exp, shifted
 from mmgrpo.contrasts import disco
 from mmgrpo.entropy import Adaptation
 from mmgrpo.objectives import (
+    Objective,
     cispo,
     clipped,
     dapo,
@@ -21,10 +23,11 @@ from mmgrpo.objectives import (
     vespo,
 )
 from mmgrpo.off_policy import opmd, opmd_kimi, rec_one_side, rec_ring, rec_two_side, red_weight, two_side
+from mmgrpo.types import AdvantageFunction
 from mmgrpo.weighting import sampler_corrected, top_entropy, without_stale
 
 from . import worlds
-from .claims import ENTROPY, REWARD, SPIKE, Claim, pass_at
+from .claims import ENTROPY, SPIKE, Claim
 from .training import GRPO, Effort, Side
 
 STALE = Effort(updates=60, stale=10, passes=4)
@@ -36,13 +39,22 @@ MISMATCHED = Effort(updates=40)
 CENTERED = Side("centred GRPO", lambda: centered, clipped, token_mean)
 
 
-def plain() -> object:
+def plain() -> AdvantageFunction:
     return standardized
 
 
-def off_policy(name: str, objective: object, compare: object = lambda: centered) -> Side:
+def off_policy(name: str, objective: Objective, compare: Callable[[], AdvantageFunction] = lambda: centered) -> Side:
     return Side(name, compare, objective, token_mean)
 
+
+REINFORCE = off_policy("REINFORCE", reinforce)
+STALE_METHODS: list[tuple[str, str, str, Objective, Callable[[], AdvantageFunction]]] = [
+    ("asymre", "a baseline below the mean is steadier on stale data", "AsymRE", reinforce, shifted),
+    ("opmd", "so is the baseline between mean and maximum", "OPMD", opmd, lambda: log_mean_exp),
+    ("opmd_kimi", "or a pull to the policy that sampled", "OPMD, Kimi", opmd_kimi, lambda: centered),
+    ("red_drop", "or dropping surplus bad samples", "RED-Drop", reinforce, lambda: balanced),
+    ("red_weight", "or letting good samples weigh more", "RED-Weight", red_weight, lambda: centered),
+]
 
 CLAIMS = [
     Claim(
@@ -51,7 +63,7 @@ CLAIMS = [
         GRPO,
         worlds.words,
         STALE,
-        against=Side("REINFORCE", plain, reinforce),
+        against=REINFORCE,
     ),
     Claim(
         "rec_one_side",
@@ -70,22 +82,18 @@ CLAIMS = [
         STALE,
     ),
     Claim("rec_ring", "so does the ring", off_policy("REC ring", rec_ring), worlds.words, STALE),
-    Claim(
-        "asymre",
-        "a baseline below the mean is steadier on stale data",
-        off_policy("AsymRE", reinforce, shifted),
-        worlds.words,
-        STALE,
-    ),
-    Claim(
-        "opmd",
-        "so is the baseline between mean and maximum",
-        off_policy("OPMD", opmd, lambda: log_mean_exp),
-        worlds.words,
-        STALE,
-    ),
-    Claim("opmd_kimi", "or a pull to the policy that sampled", off_policy("OPMD, Kimi", opmd_kimi), worlds.words, STALE),
-    Claim("red_weight", "good samples weigh more", off_policy("RED-Weight", red_weight), worlds.words, STALE),
+    *[
+        Claim(
+            name if against is GRPO else f"{name}_alone",
+            says,
+            off_policy(*method),
+            worlds.words,
+            STALE,
+            against=against,
+        )
+        for name, says, *method in STALE_METHODS
+        for against in (GRPO, REINFORCE)
+    ],
     Claim(
         "disco",
         "very hard and very easy prompts count like others",
@@ -116,9 +124,7 @@ CLAIMS = [
         PASSES,
     ),
     Claim("sapo", "a smooth gate learns more than a hard clip", Side("SAPO", plain, sapo), worlds.words, PASSES),
-    Claim(
-        "elastic", "clip widths that follow advantage and spread", Side("ETR", plain, elastic), worlds.words, PASSES
-    ),
+    Claim("elastic", "clip widths that follow advantage and spread", Side("ETR", plain, elastic), worlds.words, PASSES),
     Claim(
         "elastic_entropy",
         "and the entropy falls more slowly",
@@ -135,7 +141,13 @@ CLAIMS = [
         LATE,
         SPIKE,
     ),
-    Claim("vespo", "a smooth weight of whole samples stands staleness", Side("VESPO", plain, vespo, token_mean), worlds.words, LATE),
+    Claim(
+        "vespo",
+        "a smooth weight of whole samples stands staleness",
+        Side("VESPO", plain, vespo, token_mean),
+        worlds.words,
+        LATE,
+    ),
     Claim(
         "without_stale",
         "leaving out bad samples that the policy has left stands staleness",

@@ -353,9 +353,7 @@ def lengths(seeds: Seeds) -> World:
     eye = torch.eye(prompts * states).expand(len(seeds), -1, -1)
     first = torch.arange(prompts) * states
     fixed = torch.full((len(seeds), prompts), 0.5)
-    return World(
-        eye, start, first, moves.flatten(0, 1), 1 + LONGEST, reward, lambda _: fixed, {"reward": 1.0}, learnt
-    )
+    return World(eye, start, first, moves.flatten(0, 1), 1 + LONGEST, reward, lambda _: fixed, {"reward": 1.0}, learnt)
 
 
 def length_of_wrong(policy: Tables) -> Tensor:
