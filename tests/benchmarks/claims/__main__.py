@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import on_advantages, on_losses
-from .claims import TUNING, line, outcome
+from .claims import REPORTED, TUNING, line, outcome
 from .report import picture, table
 
 CLAIMS = {claim.name: claim for claim in [*on_advantages.CLAIMS, *on_losses.CLAIMS]}
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tuning", type=int, default=len(TUNING), help="further runs of each learning rate")
     parser.add_argument("--output", type=Path, help="folder for claims.md and claims.png")
     asked = parser.parse_args(argv)
-    seeds, tuning = tuple(range(asked.seeds)), TUNING[: asked.tuning]
+    seeds, tuning = tuple(range(REPORTED, REPORTED + asked.seeds)), TUNING[: asked.tuning]
     lines = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

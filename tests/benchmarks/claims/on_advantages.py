@@ -11,19 +11,19 @@ from mmgrpo.objectives import clipped, luspo, ngrpo, rloo
 from mmgrpo.risk import bundle_risk
 from mmgrpo.shaping import difficulty_scaled, distribution_centric, unlikeliness
 
-from . import worlds
+from . import texts, worlds
 from .claims import ENTROPY, FLIPS, GREEDY, Claim, Metric, away_from, pass_at
 from .training import Effort, Side
 
 MEDIAN = Side("MC-GRPO", lambda: median)
-SCALES = partial(worlds.two_rewards, scale=10.0)
-WRONG_LENGTH = Metric("tokens of wrong answers", lambda trained: worlds.length_of_wrong(trained.policy), False)
+SCALES = partial(texts.two_rewards, scale=10.0)
+WRONG_LENGTH = Metric("tokens of wrong answers", lambda trained: texts.length_of_wrong(trained.policy), False)
 VERY_HARD = partial(worlds.hard, away=4.0)
-EQUAL_STEPS = Effort(samples=8, updates=40, bound=0.02)
+EQUAL_STEPS = Effort(samples=8, updates=20, bound=0.02)
 MANY = Effort(updates=60)
 FEW = Effort(samples=8, updates=20)
 WALK = Effort(samples=8, updates=30, bound=0.02)
-RARE = Effort(samples=8, updates=60, passes=2)
+RARE = Effort(samples=32, updates=30, passes=2)
 HARD_TO_FIND = Metric("expected reward of the hardest third", lambda t: t.world.chance(t.policy)[:, :4].mean(1))
 
 CLAIMS = [
@@ -56,7 +56,7 @@ CLAIMS = [
         "gdpo",
         "two binary rewards that collapse when they are summed are both learnt sooner",
         Side("GDPO", lambda: gdpo, compare_apart=True),
-        worlds.two_rewards,
+        texts.two_rewards,
         FEW,
     ),
     Claim(
@@ -78,7 +78,7 @@ CLAIMS = [
         "ranks learn from binary and heavy-tailed rewards in one batch",
         Side("Gaussian rank", lambda: gaussian_rank),
         worlds.shapes,
-        Effort(samples=8, updates=20),
+        Effort(samples=8, updates=30),
     ),
     Claim(
         "ngrpo",
@@ -134,7 +134,7 @@ CLAIMS = [
         "gigpo",
         "actions in states that recur are compared with each other",
         Side("GiGPO", anchored_states),
-        worlds.walk,
+        texts.walk,
         WALK,
         tuned=None,
         rate=50.0,
@@ -143,7 +143,7 @@ CLAIMS = [
         "salt",
         "steps that walks share are neutral, those that differ carry the credit",
         Side("SALT", shared_edges),
-        worlds.walk,
+        texts.walk,
         WALK,
         tuned=None,
         rate=50.0,
@@ -152,7 +152,7 @@ CLAIMS = [
         "edges",
         "each edge of a graph has its own advantage under a noisy binary reward",
         Side("Graph-GRPO", edges),
-        worlds.graph,
+        texts.graph,
         Effort(samples=16, updates=20),
     ),
     Claim(
@@ -168,8 +168,8 @@ CLAIMS = [
     Claim(
         "dr_grpo_length",
         "without 1 / length wrong answers do not grow",
-        Side("Dr. GRPO", lambda: centered, clipped, partial(constant, length=1 + worlds.LONGEST)),
-        worlds.lengths,
+        Side("Dr. GRPO", lambda: centered, clipped, partial(constant, length=1 + texts.LONGEST)),
+        texts.lengths,
         Effort(samples=8, updates=60),
         WRONG_LENGTH,
         None,
@@ -178,7 +178,7 @@ CLAIMS = [
         "luspo_length",
         "a sample's ratio that weighs by its length does not let wrong answers grow",
         Side("LUSPO", lambda: standardized, luspo, partial(constant, length=1)),
-        worlds.lengths,
+        texts.lengths,
         Effort(samples=8, updates=60),
         WRONG_LENGTH,
         None,
@@ -208,14 +208,14 @@ CLAIMS = [
         "rloo",
         "the others' mean as baseline and a sample's own ratio do not lose to GRPO",
         Side("RLOO", lambda: leave_one_out, rloo, seq_mean),
-        worlds.words,
+        texts.words,
         Effort(updates=40),
     ),
     Claim(
         "hidden_reward_exploit",
         "tokens that make right answers likelier weigh more: greedy answers gain",
         Side("THR, tilt 0.1", partial(token_hidden_reward, tilt=0.1)),
-        worlds.chains,
+        texts.chains,
         Effort(updates=30),
         GREEDY,
     ),
@@ -223,7 +223,7 @@ CLAIMS = [
         "hidden_reward_explore",
         "or less: pass@16 gains",
         Side("THR, tilt -0.1", partial(token_hidden_reward, tilt=-0.1)),
-        worlds.chains,
+        texts.chains,
         Effort(updates=30),
         pass_at(16),
     ),

@@ -26,13 +26,14 @@ from mmgrpo.off_policy import opmd, opmd_kimi, rec_one_side, rec_ring, rec_two_s
 from mmgrpo.types import AdvantageFunction
 from mmgrpo.weighting import sampler_corrected, top_entropy, without_stale
 
-from . import worlds
+from . import texts, worlds
 from .claims import ENTROPY, SPIKE, Claim
 from .training import GRPO, Effort, Side
 
 STALE = Effort(updates=60, stale=10, passes=4)
 LATE = Effort(updates=60, stale=20, passes=2)
-LONG = Effort(updates=40, passes=4)
+LONG = Effort(updates=30, passes=16)
+LONG_AND_STALE = Effort(updates=30, stale=10, passes=4)
 PASSES = Effort(updates=20, passes=8)
 MANY = Effort(updates=60)
 MISMATCHED = Effort(updates=40)
@@ -61,7 +62,7 @@ CLAIMS = [
         "clip",
         "on stale data the clip is what matters: GRPO against plain REINFORCE",
         GRPO,
-        worlds.words,
+        texts.words,
         STALE,
         against=REINFORCE,
     ),
@@ -69,7 +70,7 @@ CLAIMS = [
         "rec_one_side",
         "with the clip the importance weight can go: not worse by more than 0.02",
         off_policy("REC one-side", rec_one_side),
-        worlds.words,
+        texts.words,
         STALE,
         against=CENTERED,
         tolerance=0.02,
@@ -78,16 +79,16 @@ CLAIMS = [
         "rec_wide",
         "a wide two-sided clip (0.6, 2.0) learns faster",
         off_policy("REC wide", partial(rec_two_side, keep=partial(two_side, low=0.6, high=2.0))),
-        worlds.words,
+        texts.words,
         STALE,
     ),
-    Claim("rec_ring", "so does the ring", off_policy("REC ring", rec_ring), worlds.words, STALE),
+    Claim("rec_ring", "so does the ring", off_policy("REC ring", rec_ring), texts.words, STALE),
     *[
         Claim(
             name if against is GRPO else f"{name}_alone",
             says,
             off_policy(*method),
-            worlds.words,
+            texts.words,
             STALE,
             against=against,
         )
@@ -99,13 +100,21 @@ CLAIMS = [
         "very hard and very easy prompts count like others",
         Side("DisCO", plain, disco, lose_apart=True),
         worlds.uneven,
-        Effort(samples=8, updates=40, bound=0.02),
+        Effort(samples=8, updates=20, bound=0.02),
         tuned=None,
         rate=50.0,
     ),
-    Claim("gspo", "a sample's ratio is steadier on long texts", Side("GSPO", plain, gspo), worlds.long, LONG),
-    Claim("gmpo", "so is the geometric mean of ratios", Side("GMPO", plain, gmpo), worlds.long, LONG),
-    Claim("dhpo", "and the mean of both kinds of ratio", Side("DHPO", plain, dhpo), worlds.long, LONG),
+    *[
+        Claim(
+            name if effort is LONG else f"{name}_stale", says, Side(name.upper(), plain, objective), texts.long, effort
+        )
+        for name, says, objective in (
+            ("gspo", "a sample's ratio is steadier on long texts", gspo),
+            ("gmpo", "so is the geometric mean of ratios", gmpo),
+            ("dhpo", "and the mean of both kinds of ratio", dhpo),
+        )
+        for effort in (LONG, LONG_AND_STALE)
+    ],
     Claim(
         "clip_higher",
         "a wider clip above keeps the entropy up",
@@ -120,16 +129,16 @@ CLAIMS = [
         "cispo",
         "clipping the weight alone lets rare tokens learn in every pass",
         Side("CISPO", plain, cispo, token_mean),
-        worlds.words,
+        texts.words,
         PASSES,
     ),
-    Claim("sapo", "a smooth gate learns more than a hard clip", Side("SAPO", plain, sapo), worlds.words, PASSES),
-    Claim("elastic", "clip widths that follow advantage and spread", Side("ETR", plain, elastic), worlds.words, PASSES),
+    Claim("sapo", "a smooth gate learns more than a hard clip", Side("SAPO", plain, sapo), texts.words, PASSES),
+    Claim("elastic", "clip widths that follow advantage and spread", Side("ETR", plain, elastic), texts.words, PASSES),
     Claim(
         "elastic_entropy",
         "and the entropy falls more slowly",
         Side("ETR", plain, elastic),
-        worlds.words,
+        texts.words,
         PASSES,
         ENTROPY,
     ),
@@ -137,7 +146,7 @@ CLAIMS = [
         "two_sided",
         "a ceiling on the ratio of bad samples removes spikes of the gradient",
         Side("two-sided clip", plain, two_sided),
-        worlds.words,
+        texts.words,
         LATE,
         SPIKE,
     ),
@@ -145,28 +154,28 @@ CLAIMS = [
         "vespo",
         "a smooth weight of whole samples stands staleness",
         Side("VESPO", plain, vespo, token_mean),
-        worlds.words,
+        texts.words,
         LATE,
     ),
     Claim(
         "without_stale",
         "leaving out bad samples that the policy has left stands staleness",
         Side("off-policy mask", plain, without_stale()),
-        worlds.words,
+        texts.words,
         LATE,
     ),
     Claim(
         "truncated_correction",
         "a sampler with other probabilities is corrected (TIS)",
         Side("TIS", plain, sampler_corrected()),
-        worlds.mismatched,
+        texts.mismatched,
         MISMATCHED,
     ),
     Claim(
         "masked_correction",
         "or its outliers are left out (MIS)",
         Side("MIS", plain, sampler_corrected(mode="mask", floor=0.5, cap=5.0)),
-        worlds.mismatched,
+        texts.mismatched,
         MISMATCHED,
     ),
     Claim(
@@ -193,7 +202,7 @@ CLAIMS = [
         "top_entropy",
         "the fifth of the tokens with the highest entropy is enough",
         Side("top entropy", plain, top_entropy(), lose_apart=True),
-        worlds.forks,
+        texts.forks,
         Effort(updates=20),
         tolerance=0.02,
     ),
