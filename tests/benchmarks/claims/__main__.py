@@ -21,7 +21,7 @@ CLAIMS = {claim.name: claim for claim in [*on_advantages.CLAIMS, *on_losses.CLAI
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=sorted(CLAIMS), default=list(CLAIMS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=20, help="runs of each side, at least 2")
+    parser.add_argument("--seeds", type=int, default=40, help="runs of each side, at least 2")
     parser.add_argument("--tuning", type=int, default=len(TUNING), help="further runs of each learning rate")
     parser.add_argument("--output", type=Path, help="folder for claims.md and claims.png")
     asked = parser.parse_args(argv)

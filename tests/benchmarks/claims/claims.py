@@ -19,6 +19,7 @@ TUNING = (1000, 1001, 1002, 1003)  # seeds of the choice of a rate
 REPORTED = 2000  # the first of those that are reported; the tasks were made while looking at others, from 0 on
 CLEAR = 3.0  # standard errors
 LEAST = 0.01  # of what the other side has
+SMALLEST = 1e-9  # standard error that is divided by
 Verdict = Literal["shows", "does not show", "opposite"]
 
 
@@ -124,7 +125,10 @@ def verdict(difference: Estimate, against: float, tolerance: float | None) -> Ve
 
 
 def line(claim: Claim, method: Outcome, against: Outcome) -> dict[str, Any]:
-    """What is printed of a claim; differences pair the seeds, their positive sign is better."""
+    """What is printed of a claim; differences pair the seeds, their positive sign is better.
+
+    Standard errors count from what is claimed: from 0, or from -tolerance.
+    """
     sign = 1 if claim.metric.higher else -1
     difference = estimate(sign * (method.values - against.values))
     beside = estimate(method.reward - against.reward)
@@ -142,7 +146,8 @@ def line(claim: Claim, method: Outcome, against: Outcome) -> dict[str, Any]:
         "method": {"name": claim.method.name} | estimate(method.values)._asdict() | {"learning_rate": method.rate},
         "against": {"name": claim.against.name} | estimate(against.values)._asdict() | {"learning_rate": against.rate},
         "difference": difference._asdict(),
-        "standard_errors": difference.mean / difference.error if difference.error else 0.0,
+        "tolerance": claim.tolerance,
+        "standard_errors": (difference.mean + (claim.tolerance or 0.0)) / max(difference.error, SMALLEST),
         "reward_difference": beside._asdict(),
         "verdict": verdict(difference, float(against.values.mean()), claim.tolerance),
     }

@@ -45,13 +45,25 @@ CLAIMS = [
     ),
     Claim(
         "median_clamped",
-        "the same with values limited to 2 (ours)",
+        "the same with the values limited to 2, which is ours",
         Side("MC-GRPO, clamp 2", lambda: partial(median, clamp=2.0)),
         worlds.outliers,
         Effort(samples=3, updates=25),
     ),
-    Claim("median_binary", "and with binary rewards", MEDIAN, worlds.coins, Effort(samples=3, updates=60)),
-    Claim("median_of_5", "with 4 + 1 samples as well", MEDIAN, worlds.outliers, Effort(samples=5, updates=25)),
+    Claim(
+        "median_binary",
+        "with 2 + 1 samples and binary rewards the median learns more",
+        MEDIAN,
+        worlds.coins,
+        Effort(samples=3, updates=60),
+    ),
+    Claim(
+        "median_of_5",
+        "with 4 + 1 samples and outliers the median learns more",
+        MEDIAN,
+        worlds.outliers,
+        Effort(samples=5, updates=25),
+    ),
     Claim(
         "gdpo",
         "two binary rewards that collapse when they are summed are both learnt sooner",
@@ -61,14 +73,14 @@ CLAIMS = [
     ),
     Claim(
         "gdpo_scales",
-        "so is a hard reward beside an easy one that is ten times as large",
+        "a hard reward is learnt beside an easy one that is ten times as large",
         Side("GDPO", lambda: gdpo, compare_apart=True),
         SCALES,
         FEW,
     ),
     Claim(
         "scaled_sum",
-        "dividing each reward by its spread in the batch does the same",
+        "a hard reward is learnt beside a large one if each is divided by its spread in the batch",
         Side("scaled sum", lambda: scaled_sum, compare_apart=True),
         SCALES,
         FEW,
@@ -89,7 +101,7 @@ CLAIMS = [
     ),
     Claim(
         "ngrpo_moderate",
-        "the same where a right answer is found at times",
+        "groups that are all wrong teach too, where a right answer is found at times",
         Side("NGRPO", virtual_best, ngrpo, token_mean),
         worlds.hard,
         Effort(samples=8, updates=60, passes=4),
@@ -192,7 +204,7 @@ CLAIMS = [
     ),
     Claim(
         "reinforce_plus_plus",
-        "nor with the batch's std",
+        "with the batch's std, differences of a thousandth do not count as much as real ones",
         Side("REINFORCE++", partial(batch_whitened, baseline=True), compare_apart=True),
         worlds.trifles,
         FEW,
@@ -221,7 +233,7 @@ CLAIMS = [
     ),
     Claim(
         "hidden_reward_explore",
-        "or less: pass@16 gains",
+        "tokens that make right answers likelier weigh less: pass@16 gains",
         Side("THR, tilt -0.1", partial(token_hidden_reward, tilt=-0.1)),
         texts.chains,
         Effort(updates=30),

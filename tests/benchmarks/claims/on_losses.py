@@ -51,10 +51,16 @@ def off_policy(name: str, objective: Objective, compare: Callable[[], AdvantageF
 REINFORCE = off_policy("REINFORCE", reinforce)
 STALE_METHODS: list[tuple[str, str, str, Objective, Callable[[], AdvantageFunction]]] = [
     ("asymre", "a baseline below the mean is steadier on stale data", "AsymRE", reinforce, shifted),
-    ("opmd", "so is the baseline between mean and maximum", "OPMD", opmd, lambda: log_mean_exp),
-    ("opmd_kimi", "or a pull to the policy that sampled", "OPMD, Kimi", opmd_kimi, lambda: centered),
-    ("red_drop", "or dropping surplus bad samples", "RED-Drop", reinforce, lambda: balanced),
-    ("red_weight", "or letting good samples weigh more", "RED-Weight", red_weight, lambda: centered),
+    ("opmd", "a baseline between mean and maximum is steadier on stale data", "OPMD", opmd, lambda: log_mean_exp),
+    (
+        "opmd_kimi",
+        "a pull to the policy that sampled is steadier on stale data",
+        "OPMD, Kimi",
+        opmd_kimi,
+        lambda: centered,
+    ),
+    ("red_drop", "dropping surplus bad samples helps on stale data", "RED-Drop", reinforce, lambda: balanced),
+    ("red_weight", "letting good samples weigh more helps on stale data", "RED-Weight", red_weight, lambda: centered),
 ]
 
 CLAIMS = [
@@ -82,7 +88,7 @@ CLAIMS = [
         texts.words,
         STALE,
     ),
-    Claim("rec_ring", "so does the ring", off_policy("REC ring", rec_ring), texts.words, STALE),
+    Claim("rec_ring", "the ring learns faster", off_policy("REC ring", rec_ring), texts.words, STALE),
     *[
         Claim(
             name if against is GRPO else f"{name}_alone",
@@ -110,8 +116,8 @@ CLAIMS = [
         )
         for name, says, objective in (
             ("gspo", "a sample's ratio is steadier on long texts", gspo),
-            ("gmpo", "so is the geometric mean of ratios", gmpo),
-            ("dhpo", "and the mean of both kinds of ratio", dhpo),
+            ("gmpo", "the geometric mean of ratios is steadier on long texts", gmpo),
+            ("dhpo", "the mean of a token's and a sample's ratio is steadier on long texts", dhpo),
         )
         for effort in (LONG, LONG_AND_STALE)
     ],
@@ -133,10 +139,16 @@ CLAIMS = [
         PASSES,
     ),
     Claim("sapo", "a smooth gate learns more than a hard clip", Side("SAPO", plain, sapo), texts.words, PASSES),
-    Claim("elastic", "clip widths that follow advantage and spread", Side("ETR", plain, elastic), texts.words, PASSES),
+    Claim(
+        "elastic",
+        "clip widths that follow advantage and spread learn more",
+        Side("ETR", plain, elastic),
+        texts.words,
+        PASSES,
+    ),
     Claim(
         "elastic_entropy",
-        "and the entropy falls more slowly",
+        "with them the entropy falls more slowly",
         Side("ETR", plain, elastic),
         texts.words,
         PASSES,
@@ -173,7 +185,7 @@ CLAIMS = [
     ),
     Claim(
         "masked_correction",
-        "or its outliers are left out (MIS)",
+        "what a sampler finds far likelier or unlikelier is left out (MIS)",
         Side("MIS", plain, sampler_corrected(mode="mask", floor=0.5, cap=5.0)),
         texts.mismatched,
         MISMATCHED,
