@@ -16,6 +16,7 @@ from mmgrpo.comparing import Comparison, Remembering
 from mmgrpo.contrasts import disco
 from mmgrpo.facts import facts, unbound
 from mmgrpo.improve import evaluate
+from mmgrpo.objectives import elastic
 from mmgrpo.weighting import Weighted
 
 SEEDS = (3, 4)
@@ -93,8 +94,10 @@ def test_every_claim_is_about_components_of_the_project(claim: Claim):
         objective = side.objective.objective if isinstance(side.objective, Weighted) else side.objective
         for component in (function, objective, side.aggregate):
             assert unbound(component).__module__.startswith("mmgrpo.")
-        grouped = unbound(side.objective).__name__ == "elastic" if not isinstance(side.objective, Weighted) else False
-        assert side.lose_apart or grouped or facts(side.objective).couples != "batch"
+        batched = (
+            facts(side.objective).couples == "batch" and unbound(side.objective) is not elastic
+        )  # joins groups alone
+        assert side.lose_apart or not batched
         assert side.compare_apart or not isinstance(compare, Remembering)
     world = claim.world.func if isinstance(claim.world, partial) else claim.world
     assert (world.__doc__ or "").strip()

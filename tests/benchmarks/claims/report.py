@@ -47,12 +47,13 @@ def picture(lines: Sequence[Line], path: Path) -> None:
     """A dot for each claim, how many standard errors the method is better; two columns of claims."""
     half = (len(lines) + 1) // 2
     parts = [part for part in (lines[:half], lines[half:]) if part]
-    with matplotlib.rc_context({"font.size": 8, "svg.hashsalt": "claims"}):
-        figure = Figure(figsize=(7.2 * len(parts), 0.27 * half + 1.3), layout="constrained")
+    with matplotlib.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(7.2 * len(parts), 0.31 * half + 1.3), layout="constrained")
         for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
             draw(axes, part)
         figure.suptitle(
-            f"How much better than GRPO, or than what is named, in standard errors of paired seeds (n = {lines[0]['seeds']})"
+            "How much better than GRPO, or than what is named, in standard errors of paired seeds "
+            f"(n = {lines[0]['seeds']}); right: the method's value, the other's"
         )
         figure.savefig(path, dpi=80)
 
@@ -66,10 +67,10 @@ def draw(axes: Axes, lines: Sequence[Line]) -> None:
         colour = COLOURS[line["verdict"]]
         distance = min(max(line["standard_errors"], -FARTHEST), FARTHEST)
         axes.errorbar(distance, place, xerr=1, fmt="o", markersize=4, color=colour, linewidth=1)
-        values = f"{line['method']['mean']:.3g} : {line['against']['mean']:.3g}"
-        axes.annotate(values, (1.01, place), xycoords=("axes fraction", "data"), va="center", color=colour)
+        values = f"{line['method']['mean']:.3g}, {line['against']['mean']:.3g}"
+        axes.annotate(values, (1.03, place), xycoords=("axes fraction", "data"), va="center", color=colour)
     axes.set_xscale("symlog", linthresh=5)
-    axes.set_xlim(-1.2 * FARTHEST, 1.2 * FARTHEST)
+    axes.set_xlim(-1.5 * FARTHEST, 1.5 * FARTHEST)
     ticks = [-50, -10, -3, 0, 3, 10, 50]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_yticks(places, [label(line) for line in lines])
@@ -81,4 +82,4 @@ def label(line: Line) -> str:
     """The method, the metric, and what it is compared with where that is not GRPO."""
     other = "" if line["against"]["name"] == "GRPO" else f" against {line['against']['name']}"
     other += "" if line["tolerance"] is None else f", at most {line['tolerance']:g} worse"
-    return f"{line['claim'].replace('_', ' ')} ({line['method']['name']}{other})\n{line['metric']}"
+    return f"{line['claim']} ({line['method']['name']}{other})\n{line['metric']}"

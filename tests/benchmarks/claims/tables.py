@@ -90,9 +90,6 @@ class Tables:
         at_temperature = {name: self.log_probs(float(name.split()[-1]))[*at, action] for name in hot}
         return {name: known[name]() for name in names if name not in hot} | at_temperature
 
-    def trainable(self) -> dict[str, Parameter]:
-        return {"weight": self.weight}
-
 
 def places(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     """Run and state of every decision, which index (R, N, ...)."""
