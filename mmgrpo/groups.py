@@ -31,12 +31,22 @@ def group_size(scores: Tensor, group: Tensor) -> Tensor:
     return group_sum((~scores.isnan()).double(), group)
 
 
+def group_least(scores: Tensor, group: Tensor) -> Tensor:
+    """The smallest score of each sample's group, infinite without any opinion; (B,) float64."""
+    index = _index(scores, group)
+    least = torch.full((len(scores),), torch.inf, dtype=torch.float64, device=scores.device)
+    return least.scatter_reduce(0, index, torch.where(scores.isnan(), torch.inf, scores.double()), "amin")[index]
+
+
+def group_most(scores: Tensor, group: Tensor) -> Tensor:
+    """The largest score of each sample's group, minus infinity without any opinion; (B,) float64."""
+    return -group_least(-scores, group)
+
+
 def group_centred(scores: Tensor, group: Tensor) -> Tensor:
     """Score minus the mean of its group, NaN without an opinion; (B,) float64."""
-    heard, index = ~scores.isnan(), _index(scores, group)
-    least = torch.full((len(scores),), torch.inf, dtype=torch.float64, device=scores.device)
-    least = least.scatter_reduce(0, index, torch.where(heard, scores.double(), torch.inf), "amin")[index]
-    above = torch.where(heard, scores.double() - least, 0)  # exactly 0 where all are equal
+    heard = ~scores.isnan()
+    above = torch.where(heard, scores.double() - group_least(scores, group), 0)  # exactly 0 where all are equal
     mean = group_sum(above, group) / group_size(scores, group).clamp(min=1)
     return torch.where(heard, above - mean, torch.nan)
 

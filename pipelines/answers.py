@@ -5,8 +5,8 @@ Axes: B answers, b those of one batch, P prompts, S tokens at most, T those of t
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ SAME_LOGITS = {
 }  # relative to the largest
 
 MARKED = ("image", "video", "audio")
+W = TypeVar("W")  # a record of tensors, as `Written`
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class Answers:
             return token_probabilities.logits(self.head_for(self.fine(hidden)), self.fine(hidden))
 
     def head_for(self, hidden: Tensor) -> Head:
+        """The last layer in the precision of the states that come to it."""
         head = self.head
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
         return head._replace(weight=head.weight.to(hidden.dtype), bias=bias)
@@ -262,10 +264,10 @@ def shared_prompts(group: Tensor) -> tuple[list[int], Tensor]:
     return [int((number == place).nonzero()[0]) for place in range(len(ids))], number
 
 
-def in_order(parts: Sequence[Written], order: Tensor) -> Written:
+def in_order(parts: Sequence[W], order: Tensor) -> W:
     """The answers of several batches as one, row `order[i]` of it being the i-th of them; on the CPU."""
     joined: dict[str, Any] = {}
-    for name in (field.name for field in fields(Written)):
+    for name in vars(parts[0]):
         values = [getattr(part, name) for part in parts]
         joined[name] = None if values[0] is None else torch.cat([value.cpu() for value in values])[order.argsort()]
-    return Written(**joined)
+    return type(parts[0])(**joined)

@@ -101,13 +101,22 @@ class Room(DynamicLayer):
         self.keys, self.values = (buffer[:, :, : self.count] for buffer in self.buffers)
         return self.keys, self.values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget as many of the last tokens; the library gives their number negative."""
+        self.count += tokens_to_remove
+        self.keys, self.values = (buffer[:, :, : self.count] for buffer in self.buffers)
+
+
+def cache_with_room(cache: Cache, rows: Tensor, room: int) -> Cache:
+    """Another cache, of the rows named by `rows` (B,) int64, with room for further tokens, without gradient."""
+    larger = DynamicCache()
+    larger.layers = [Room(old.keys, old.values, rows, room) if old.is_initialized else old for old in cache.layers]
+    return larger
+
 
 def with_room(prefix: Prefix, rows: Tensor, room: int) -> Prefix:
     """`repeat` for writing `room` further tokens without gradient; the cache is another one."""
-    cache = DynamicCache()
-    cache.layers = [
-        Room(old.keys, old.values, rows, room) if old.is_initialized else old for old in prefix.cache.layers
-    ]
+    cache = cache_with_room(prefix.cache, rows, room)
     inputs = {name: selected(name, value, rows) for name, value in prefix.inputs.items()}
     return Prefix(cache, inputs, prefix.last[rows])
 

@@ -6,7 +6,6 @@ at most (`max_new_tokens`), b and T those of one batch of a replay.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
-from pipelines import answers_check, patches, token_facts, weights
+from mmgrpo.types import KINDS, Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
+from pipelines import answers_check, patches, token_facts, token_replay, weights
 from pipelines.answers import Answers, Options
 from pipelines.conversation import Processor, Reader, Reading
 from pipelines.decoding import Written
@@ -113,50 +112,13 @@ class LanguagePolicy:
         text = tuple(self.answers.reader.tokenizer.batch_decode(ids, skip_special_tokens=True))
         return Samples(batch, text=text, length=written.length, finished=written.finished)
 
-    @torch.no_grad()
     def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
         """The trajectory with the tokens' log-probs under today's weights, in the batches of the coming replays."""
-        anchor = torch.full(trajectory.mask.shape, torch.nan)
-        for part in parts:
-            taken = trajectory.take(part)
-            for rows in self.answers.batches(taken):
-                found = self.answers.read(taken.take(rows)).log_prob.cpu()
-                anchor[part[rows].unsqueeze(1), torch.arange(found.shape[1])] = found
-        return replace(trajectory, record={**trajectory.record, "anchor": anchor})
+        return token_replay.anchored(self.answers, trajectory, parts)
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
-        """Evaluate answers within the budget of tokens at a time, with gradient; `consume` may run backward.
-
-        Without an anchor today's weights are those that sampled: a log-ratio compares each log-prob with its own value.
-        """
-        for rows in self.answers.batches(trajectory):
-            part = trajectory.take(rows)
-            held = None
-            if reference is not None:
-                with torch.no_grad(), reference.applied():
-                    held = self.answers.read(part).log_prob
-            consume(Chunk(rows, *self._evaluated(part, held)))
-
-    def _evaluated(self, part: Trajectory, held: Tensor | None) -> tuple[Tensor, Evaluation]:
-        """The columns of a batch's answers, (T,), and what they are under today's weights, (b, T)."""
-        found = self.answers.read(part)
-        steps = torch.arange(found.log_prob.shape[1])
-
-        def recorded(name: str) -> Tensor:
-            return part.record[name][:, steps].to(found.log_prob)
-
-        old = found.log_prob.detach()
-        if "anchor" in part.record:
-            old = torch.where(recorded("anchor").isnan(), old, recorded("anchor"))  # NaN: read before any update
-        there = steps < part.record["length"].unsqueeze(1)
-        gap = torch.where(there.to(old.device), old - recorded("log_prob"), 0)
-        return steps, Evaluation(
-            found.log_prob - old,
-            log_prob=found.log_prob,
-            to_reference=None if held is None else found.log_prob - held,
-            sampler_gap=gap,
-            entropy=found.entropy,
-        )
+        """Evaluate answers within the budget of tokens at a time, with gradient; `consume` may run backward."""
+        token_replay.replay(self.answers, trajectory, consume, reference)
 
     def facts(self, trajectory: Trajectory, names: Sequence[str]) -> Mapping[str, Tensor]:
         """What `token_facts.told` lists, under today's weights; raises ValueError for another name."""

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tiny_block_lms
 import tiny_interleaved
 import tiny_vlms.policy as language
 from sounds import RATE, recordings, tiny
@@ -51,6 +52,14 @@ def fewer_tokens(policy: Any) -> None:
     policy.answers.options = replace(policy.answers.options, replay_tokens=AnswerOptions().replay_tokens // 10_000)
 
 
+def filled(likelihood: str, folder: Path) -> Made:
+    return tiny_block_lms.policy_of(likelihood=likelihood), tiny_block_lms.PROMPTS[:2]
+
+
+def fewer_copies(policy: Any) -> None:
+    policy.blocks.answers.options = AnswerOptions(replay_tokens=1)
+
+
 def interleaved(folder: Path) -> Made:
     policy, prompts = tiny_interleaved.tiny(folder)
     return policy, prompts[:2]
@@ -75,5 +84,7 @@ KINDS = (
     PolicyKind("speech", speech, fewer_recordings),
     PolicyKind("pictures and text", partial(answers, "Qwen2_5_VLForConditionalGeneration"), fewer_tokens),
     PolicyKind("text", partial(answers, "Qwen3ForCausalLM"), fewer_tokens),
+    PolicyKind("text in blocks", partial(filled, "block"), fewer_copies),
+    PolicyKind("text in blocks, by their order", partial(filled, "order"), fewer_copies),
     PolicyKind("texts and images in turn, as tokens", interleaved, fewer_tokens),
 )

@@ -87,6 +87,7 @@ ELSEWHERE = {
     "demo_image",
     "demo_vlm",
     "demo_world",  # in test_demo_world.py
+    "demo_interleaved",  # in test_demo_interleaved.py
     "demo_video_edit",  # in test_demo_video_edit.py
     "demo_speech",  # with the pair of metrics in test_demo_speech.py
     "speech_single_metric",
@@ -96,6 +97,8 @@ ELSEWHERE = {
     "qwen25_vl_3b_geometry",  # these three in test_shipped_answering.py
     "qwen3_vl_8b_lora",
     "qwen25_vl_7b_video_qa",
+    "demo_block_lm",
+    "block_lm_sdar_8b",  # in test_shipped_block_lm.py
     "emu3_interleaved_warmup",  # these two in test_shipped_interleaved.py
     "emu3_interleaved",
 }

@@ -1,0 +1,1 @@
+"""What the papers of the optimizer's components claim, each on a task that is small enough to be run over many seeds."""
