@@ -156,7 +156,7 @@ def first_that_teach(teach: Tensor, group: Tensor, count: int) -> Tensor:
 
 
 def joined_trajectory(parts: Sequence[Trajectory]) -> Trajectory:
-    """The rows of several rollouts; what only some have recorded, such as the anchors of recalled ones, is NaN in the others."""
+    """The rows of several rollouts, on the first one's devices; what only some recorded, such as anchors, is NaN in the others."""
     first = parts[0].batch
     batch = replace(
         first,
@@ -170,7 +170,7 @@ def joined_trajectory(parts: Sequence[Trajectory]) -> Trajectory:
 
 
 def _whole(name: str, parts: Sequence[Trajectory]) -> Tensor:
-    """What several rollouts recorded under a name, where the first that has it keeps it; (B, ...)."""
+    """What several rollouts recorded under a name, NaN for those that did not; (B, ...)."""
     like = next(part.record[name] for part in parts if name in part.record)
     return torch.cat(
         [

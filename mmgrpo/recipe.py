@@ -149,7 +149,7 @@ class Train:
 class Recall:
     """[recall] Groups that are kept and trained on again in the place of groups without signal."""
 
-    groups: Natural = 0  # kept at most; 0 is off
+    groups: Natural = 0  # kept at most, in main memory and in every checkpoint; 0 is off
     age: Count = 10  # iterations after which a group is forgotten
 
 

@@ -1,5 +1,6 @@
 """Groups that are kept and stand in for others: their score, their place, their old log-probs, their way through a checkpoint."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +166,20 @@ def test_kept_groups_replace_those_without_signal_and_are_used_once(recipe) -> N
     assert mixed.judged is plain.judged
 
 
+def test_where_no_group_has_signal_all_may_be_recalled(recipe) -> None:
+    run = start(recipe("recall.groups=8", "train.prompts=2"))
+    while len(run.kept) < 3:
+        rolled = gather(run, Stopwatch(run.device))
+        store(run, rolled, run.compare(rolled.feedback))
+        run.iteration += 1
+    plain, before = gather(run, Stopwatch(run.device)), len(run.kept)
+    silent = replace(plain.feedback, rewards={"early": torch.ones(8)})
+    mixed = recalled(run, plain._replace(feedback=silent))
+    assert mixed.past.all() and len(mixed.trajectory) == 8 and len(run.kept) == before - 2
+    assert mixed.trajectory.batch.iteration == run.iteration
+    assert (run.compare(mixed.feedback).values != 0).any()
+
+
 def test_a_run_recalls_off_policy_and_is_off_by_default(recipe, tmp_path: Path) -> None:
     train(recipe("recall.groups=8", "train.iterations=3"), tmp_path / "on")
     lines = journal.read(tmp_path / "on")
@@ -178,6 +193,20 @@ def test_a_run_recalls_off_policy_and_is_off_by_default(recipe, tmp_path: Path) 
     assert not any(name.startswith(("rollout/recalled", "rollout/kept")) for line in plain for name in line)
     path = checkpoint.latest(tmp_path / "off")
     assert path is not None and not (path / "recall.safetensors").exists()
+
+
+def test_an_objective_of_whole_groups_sees_the_ratios_of_recalled_rows_in_the_first_update(
+    recipe, tmp_path: Path
+) -> None:
+    pairs = (
+        "objective={build='mmgrpo.contrasts:dno', strength=10.0}"  # of a pair whose log-ratios are 0 the loss is log 2
+    )
+    train(recipe("recall.groups=8", "train.iterations=3", pairs), tmp_path / "run")
+    lines = journal.read(tmp_path / "run")
+    assert {line["rollout/recalled"] > 0 for line in lines} == {True, False}
+    for line in lines:
+        away = abs(float(line["update/loss/first"] or 0) - math.log(2))
+        assert away > 1e-3 if line["rollout/recalled"] else away < 1e-6
 
 
 @pytest.mark.slow
