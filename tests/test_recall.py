@@ -21,6 +21,7 @@ from mmgrpo.types import Feedback, Prompt, Trajectory
 from pipelines.replays import moved
 
 __all__ = ["recipe"]  # a fixture
+RECORDING = ("image flow", "image diffusion", "video flow")  # keep the outputs of their sampling, and need no anchor
 GROUP = torch.tensor([4, 9, 4, 9, 4, 9, 4, 9])
 REWARD = torch.tensor([0.0, 0, 1, 0, 0, 0, 1, 1])  # group 4: 0 1 0 1, group 9: 0 0 0 1
 CENTRED = torch.tensor([-0.5, -0.25, 0.5, -0.25, -0.5, -0.25, 0.5, 0.75])
@@ -99,17 +100,11 @@ def test_a_recalled_rows_log_ratio_is_new_minus_stored_and_that_of_todays_rows_i
         fresh = evaluate(policy, today).log_ratio
         assert float(fresh.abs().max()) == 0
         torch.testing.assert_close(found.log_ratio[~past], fresh, rtol=0, atol=2e-5)
-        with moved(
-            policy, step, 1e-2
-        ):  # further weights: what is anchored now is compared with these, but for past rows
+        with moved(policy, step, 1e-2):  # further weights, with which today's rows are compared now, but not past ones
             again = evaluate(policy, anchored(policy, whole, [torch.arange(8)], past)).log_ratio
             ratio = evaluate(policy, stored).log_ratio
         torch.testing.assert_close(again[past], ratio, rtol=1e-3, atol=2e-5)
-        if kind.name not in (
-            "image flow",
-            "image diffusion",
-            "video flow",
-        ):  # which recorded their outputs when they sampled
+        if kind.name not in RECORDING:
             assert float(again[~past].abs().max()) == 0
 
 
