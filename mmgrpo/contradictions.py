@@ -15,7 +15,8 @@ Problems = dict[str, str | bool]  # key -> what is wrong with it, or nothing
 
 def refuse_contradictions(recipe: "Recipe", where: str) -> None:
     """Raise RecipeError naming the first key that contradicts another."""
-    for key, problem in (in_training(recipe) | in_loss(recipe, where) | in_entropy(recipe)).items():
+    found = in_training(recipe) | in_recall(recipe) | in_loss(recipe, where) | in_entropy(recipe)
+    for key, problem in found.items():
         if problem:
             raise RecipeError(f"{where}{key}: {problem}")
 
@@ -46,6 +47,20 @@ def in_training(recipe: "Recipe") -> Problems:
         "train.evaluate_every": train.evaluate_every > 0
         and not recipe.evaluation.source
         and f"{train.evaluate_every} arrived; expected evaluation.source to name the held-out prompts",
+    }
+
+
+def in_recall(recipe: "Recipe") -> Problems:
+    """What is wrong with groups that are kept."""
+    recall, train, loss = recipe.recall, recipe.train, recipe.loss
+    return {
+        "recall.groups": recall.groups > 0
+        and (train.stage != "align" or loss.kl_in_reward > 0)
+        and f"{recall.groups} arrived with train.stage {train.stage!r} and loss.kl_in_reward {loss.kl_in_reward}; expected the stage "
+        "'align' and 0: the KL of a group of an earlier iteration would be today's",
+        "recall.age": recall.groups == 0
+        and recall.age != type(recall)().age
+        and f"{recall.age} arrived with recall.groups 0; expected groups that are kept",
     }
 
 

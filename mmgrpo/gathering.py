@@ -1,6 +1,7 @@
 """The rollouts of one iteration: one, or as many as it takes until enough groups have differences to learn from.
 
-Dynamic sampling of DAPO (arXiv 2503.14476, section 3.2) with a bounded number of rounds and an honest count.
+Dynamic sampling of DAPO (arXiv 2503.14476, section 3.2) with a bounded number of rounds and an honest count; groups of earlier
+iterations stand in for what is still missing (mmgrpo/recall.py).
 Axes: P prompts, G samples per prompt, B = P * G samples.
 """
 
@@ -17,9 +18,10 @@ from mmgrpo.comparing import teaching, told
 from mmgrpo.data import choose, requests
 from mmgrpo.improve import evaluate
 from mmgrpo.journal import Stopwatch
+from mmgrpo.recall import Kept, best, fits, in_memory, places, scores, young
 from mmgrpo.run import Run
 from mmgrpo.scoring import score
-from mmgrpo.types import Batch, Feedback, Trajectory
+from mmgrpo.types import Advantage, Batch, Feedback, Trajectory
 
 
 class Gathered(NamedTuple):
@@ -29,6 +31,7 @@ class Gathered(NamedTuple):
     feedback: Feedback  # of the same
     judged: Feedback  # of every sample generated
     metrics: dict[str, float]
+    past: Tensor  # (B,) bool: sampled in an earlier iteration, by other weights
 
 
 def gather(run: Run, phases: Stopwatch) -> Gathered:
@@ -53,10 +56,57 @@ def gather(run: Run, phases: Stopwatch) -> Gathered:
         f"rollout/{name}": value for name, value in diagnostics.lengths([part.mask for part, _ in parts]).items()
     }
     if len(parts) == 1:
-        return Gathered(*parts[0], judged, metrics)
+        return Gathered(*parts[0], judged, metrics, torch.zeros(len(judged.group), dtype=torch.bool))
     rows = first_that_teach(teaching(run.compare, judged), judged.group, options.prompts)
     whole = joined_trajectory([trajectory for trajectory, _ in parts])
-    return Gathered(whole.take(rows), take_feedback(judged, rows), judged, metrics)
+    past = torch.zeros(len(rows), dtype=torch.bool)
+    return Gathered(whole.take(rows), take_feedback(judged, rows), judged, metrics, past)
+
+
+def recalled(run: Run, gathered: Gathered) -> Gathered:
+    """The same, groups that carry no signal replaced by kept ones of earlier iterations, as far as there are any.
+
+    A recalled group leaves the kept ones. Without `recall.groups` nothing changes.
+    """
+    options, trajectory, feedback = run.recipe.recall, gathered.trajectory, gathered.feedback
+    if not options.groups:
+        return gathered
+    run.kept = young(run.kept, run.iteration, options.age)
+    dull = feedback.group[~teaching(run.compare, feedback)].unique()
+    chosen = best([group for group in run.kept if fits(group, trajectory)], len(dull))
+    run.kept = [group for group in run.kept if group not in chosen]
+    gathered.metrics["rollout/recalled"] = float(len(chosen))
+    if not chosen:
+        return gathered
+    gathered.metrics["rollout/recalled_age"] = sum(run.iteration - group.iteration for group in chosen) / len(chosen)
+    replaced = torch.isin(feedback.group, dull[: len(chosen)])
+    stay, order = (~replaced).nonzero().flatten(), places(feedback.group, replaced)
+    whole = joined_trajectory([trajectory.take(stay), *(group.trajectory for group in chosen)])
+    judged = joined_feedback([take_feedback(feedback, stay), *(group.feedback for group in chosen)])
+    past = torch.arange(len(whole)) >= len(stay)
+    return gathered._replace(trajectory=whole.take(order), feedback=take_feedback(judged, order), past=past[order])
+
+
+def store(run: Run, gathered: Gathered, advantage: Advantage) -> None:
+    """Keep the best of today's groups and of those kept so far; before the weights change, which costs a replay of the new ones."""
+    options, feedback = run.recipe.recall, gathered.feedback
+    if not options.groups:
+        return
+    score = torch.where(gathered.past, 0, scores(advantage.values, feedback))
+    rows = {int(group): (feedback.group == group).nonzero().flatten() for group in feedback.group[score > 0].unique()}
+    fresh = [
+        Kept(float(score[part[0]]), run.iteration, gathered.trajectory.take(part), take_feedback(feedback, part))
+        for part in rows.values()
+    ]
+    chosen = best([*run.kept, *fresh], options.groups)
+    run.kept = [of_today(run, group) if group in fresh else group for group in chosen]
+    gathered.metrics["rollout/kept"] = float(len(run.kept))
+
+
+def of_today(run: Run, group: Kept) -> Kept:
+    """A group of this rollout with what its replays are compared with, under the weights that sampled it."""
+    known = run.policy.anchor(group.trajectory, [torch.arange(len(group.trajectory))])
+    return replace(group, trajectory=in_memory(known))
 
 
 def held_back(run: Run, gathered: Gathered) -> Feedback:
@@ -106,7 +156,7 @@ def first_that_teach(teach: Tensor, group: Tensor, count: int) -> Tensor:
 
 
 def joined_trajectory(parts: Sequence[Trajectory]) -> Trajectory:
-    """The rows of several rollouts of one iteration."""
+    """The rows of several rollouts, on the first one's devices; what only some recorded, such as anchors, is NaN in the others."""
     first = parts[0].batch
     batch = replace(
         first,
@@ -114,8 +164,22 @@ def joined_trajectory(parts: Sequence[Trajectory]) -> Trajectory:
         group=torch.cat([part.batch.group for part in parts]),
         sample=torch.cat([part.batch.sample for part in parts]),
     )
-    record = {name: torch.cat([part.record[name] for part in parts]) for name in parts[0].record}
+    names = dict.fromkeys(name for part in parts for name in part.record)
+    record = {name: _whole(name, parts) for name in names}
     return Trajectory(batch, torch.cat([part.mask for part in parts]), torch.cat([part.kind for part in parts]), record)
+
+
+def _whole(name: str, parts: Sequence[Trajectory]) -> Tensor:
+    """What several rollouts recorded under a name, NaN for those that did not; (B, ...)."""
+    like = next(part.record[name] for part in parts if name in part.record)
+    return torch.cat(
+        [
+            part.record[name].to(like.device)
+            if name in part.record
+            else torch.full((len(part), *like.shape[1:]), torch.nan, dtype=like.dtype, device=like.device)
+            for part in parts
+        ]
+    )
 
 
 def joined_feedback(parts: Sequence[Feedback]) -> Feedback:

@@ -144,6 +144,15 @@ class Train:
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)  # beside metrics.jsonl
 
 
+@section
+@dataclass(frozen=True)
+class Recall:
+    """[recall] Groups that are kept and trained on again in the place of groups without signal."""
+
+    groups: Natural = 0  # kept at most, in main memory and in every checkpoint; 0 is off
+    age: Count = 10  # iterations after which a group is forgotten
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that a run depends on; what the file left out has its default."""
@@ -162,6 +171,7 @@ class Recipe:
     evaluation: Evaluation
     method: str | None = None  # a name of mmgrpo/methods.toml, whose part lies under the sections above
     entropy: Entropy = Entropy()
+    recall: Recall = Recall()
 
 
 OWN = ("name", "weight", "held_out_only")  # keys of a reward's table that are not options of its component
@@ -213,6 +223,7 @@ def _recipe(table: Table, where: str) -> Recipe:
         evaluation=_with_options(table.get("evaluation", {}), Evaluation, where + "evaluation"),
         method=part("method", str) if "method" in table else None,
         entropy=part("entropy", Entropy),
+        recall=part("recall", Recall),
     )
 
 

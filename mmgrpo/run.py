@@ -14,6 +14,7 @@ from mmgrpo.comparing import Remembering
 from mmgrpo.data import load_prompts
 from mmgrpo.entropy import Adaptation, Band, Bonus
 from mmgrpo.improve import Loss
+from mmgrpo.recall import Kept, packed, unpacked
 from mmgrpo.recipe import Loss as LossOptions
 from mmgrpo.recipe import Recipe, build
 from mmgrpo.shadow import Reference, Shadow
@@ -40,6 +41,7 @@ class Run:
     average: Shadow | None
     bonus: Bonus = Bonus(0.0)  # of the entropy
     watched: dict[str, Reward] = field(default_factory=dict)  # of the held-out samples alone
+    kept: list[Kept] = field(default_factory=list)  # groups that may stand in for others
     iteration: int = 0  # the next one
     rollouts: int = 0  # so far: the position in the prompts
     updates: int = 0  # optimizer updates so far
@@ -157,6 +159,8 @@ def save(run: Run, folder: Path) -> Path:
         tensors["entropy"] = {"bonus": torch.tensor(run.bonus, dtype=torch.float64)}  # weight, last
     counters = {name: getattr(run, name) for name in COUNTERS}
     facts = {"counters": counters, "optimizer": optimizer.facts, "random": random.facts}
+    if run.recipe.recall.groups:
+        tensors["recall"], facts["recall"] = packed(run.kept)
 
     def export(path: Path) -> None:
         with run.averaged():
@@ -178,6 +182,8 @@ def restore(run: Run, path: Path) -> Run:
         run.compare.memory = tensors.get("advantage", {})
     if adaptation(run.recipe) is not None:
         run.bonus = Bonus(*tensors["entropy"]["bonus"].tolist())
+    if run.recipe.recall.groups:
+        run.kept = unpacked(packing.Packed(tensors["recall"], facts["recall"]), run.prompts)
     counters = facts["counters"]
     assert isinstance(counters, dict) and counters.keys() == set(COUNTERS)
     return replace(run, **counters)

@@ -9,9 +9,9 @@ from mmgrpo.types import Advantage, same_shape
 def minibatches(group: Tensor, updates: int) -> list[Tensor]:
     """Rows of each of `updates` optimizer updates, whole groups together; raises ValueError if they cannot be shared out.
 
-    (B,) int64 group ids -> `updates` tensors of row numbers.
+    (B,) int64 group ids -> `updates` tensors of row numbers. Groups are shared out in the order of their first rows.
     """
-    ids = group.unique()
+    ids = torch.tensor(list(dict.fromkeys(group.tolist())))
     if len(ids) % updates:
         raise ValueError(f"{len(ids)} groups cannot be shared among {updates} updates; expected a multiple")
     return [torch.isin(group, part).nonzero().flatten() for part in ids.tensor_split(updates)]

@@ -16,15 +16,16 @@ from mmgrpo.aggregations import token_mean
 from mmgrpo.check import require_sound
 from mmgrpo.descent import clip_gradient, follow_entropy, step, today
 from mmgrpo.evaluation import look, remember, report
-from mmgrpo.gathering import gather, held_back
+from mmgrpo.gathering import Gathered, gather, held_back, recalled, store
 from mmgrpo.improve import Given, Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
 from mmgrpo.journal import Journal, Stopwatch, peak_memory
+from mmgrpo.recall import anchored
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
 from mmgrpo.selection import extremes, imitated, minibatches
 from mmgrpo.teaching import lesson
-from mmgrpo.types import Advantage, Feedback, Trajectory
+from mmgrpo.types import Advantage, Trajectory
 
 
 def train(recipe: Recipe, folder: Path) -> Run:
@@ -98,12 +99,13 @@ def guarded_iteration(run: Run, folder: Path) -> dict[str, float]:
 def iteration(run: Run) -> dict[str, float]:
     """One rollout, or several until enough groups differ inside, and the updates made from it; -> metrics."""
     phases = Stopwatch(run.device)
-    rolled = gather(run, phases)
+    rolled = recalled(run, gather(run, phases))
     with phases.measure("score"):
         feedback = held_back(run, rolled)
     advantage = run.compare(feedback)
     with phases.measure("update"):
-        metrics = improve(run, rolled.trajectory, rolled.feedback, advantage)
+        store(run, rolled, advantage)
+        metrics = improve(run, rolled, advantage)
     run.reference.after_iteration()
     judged = {f"reward/{name}": value for name, value in diagnostics.reward_summary(rolled.judged).items()}
     compared = {f"advantage/{name}": value for name, value in advantage.metrics.items()}
@@ -112,26 +114,26 @@ def iteration(run: Run) -> dict[str, float]:
     return metrics | judged | compared | seconds | rollout | peak_memory(run.device)
 
 
-def improve(run: Run, trajectory: Trajectory, feedback: Feedback, advantage: Advantage) -> dict[str, float]:
+def improve(run: Run, rolled: Gathered, advantage: Advantage) -> dict[str, float]:
     """Every optimizer update that a rollout is used for; metrics of the first and the last."""
-    options = run.recipe.train
+    options, trajectory = run.recipe.train, rolled.trajectory
     if advantage.decisions is not None:
         trajectory = replace(trajectory, mask=trajectory.mask & advantage.decisions)
     values = advantage.values.unsqueeze(1) if advantage.values.dim() == 1 else advantage.values
     values = values.expand(trajectory.mask.shape)
     keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share) & trajectory.mask.any(1)
     imitate = imitated(advantage, run.loss.anchor_weight)
-    reward = feedback.total().unsqueeze(1).expand(trajectory.mask.shape)
+    reward = rolled.feedback.total().unsqueeze(1).expand(trajectory.mask.shape)
     parts = [
         weighed(run, trajectory, Judged(values, keep, imitate, reward), rows)
         for rows in minibatches(trajectory.group, options.updates)
     ]
     later = parts if options.passes > 1 else parts[1:]  # evaluated again after the weights have changed
     if later:
-        trajectory = run.policy.anchor(trajectory, [part.rows for part in later])
+        trajectory = anchored(run.policy, trajectory, [part.rows for part in later], rolled.past)
     seen: list[dict[str, float]] = []
     for part in parts * options.passes:
-        seen.append(update(run, trajectory, part, fresh=not seen))
+        seen.append(update(run, trajectory, part, fresh=not seen and not rolled.past[part.rows].any()))
     return seen[-1] | {f"{name}/first": value for name, value in seen[0].items()}
 
 

@@ -266,8 +266,9 @@ class Policy(Protocol):
     def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
         """The trajectory with what a replay compares with, under today's weights, for rows that are replayed part by part.
 
-        Called before the first update if more than one is made. A policy that recorded it in the rollout returns the
-        trajectory itself.
+        Called before the first update if more than one is made, and for groups that are kept for a later iteration. What is
+        added to the record is floating point, NaN for rows that no part names. A policy that recorded it in the rollout
+        returns the trajectory itself.
         """
         ...
 

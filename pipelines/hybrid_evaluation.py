@@ -20,6 +20,9 @@ from pipelines.hybrid_steps import Steps
 from pipelines.hybrid_writing import Marks
 
 
+ALWAYS = ("entropy", "sampler_gap", "drift", "step_std", "dt")  # of a call without tokens, or without steps, as well
+
+
 class Pair(NamedTuple):
     """One denoising step of one image."""
 
@@ -102,7 +105,7 @@ def evaluated(
         parts.append(_tokens(found, held, record, room))
     for place, pair in enumerate(found.pairs):
         parts.append(_step(found, held, record, room, steps, place, pair))
-    names = {name for _, evaluation in parts for name in evaluation.tensors()}
+    names = {*ALWAYS, *(name for _, evaluation in parts for name in evaluation.tensors())}
     values = {}
     for name in names:
         columns = []

@@ -1,6 +1,7 @@
 """Questions to a model behind an OpenAI-compatible endpoint: many at once, each with a bound on time and attempts."""
 
 import asyncio
+import json
 import os
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -66,6 +67,28 @@ def read_key(variable: str, file: Path | None) -> str:
     if not re.fullmatch(r"[!-~]*", key):
         raise ValueError(f"the key in {variable or file} has characters that a header cannot hold; expected one word")
     return key
+
+
+def connect(url: str, key: str, timeout: float, retries: int, concurrency: int, pause: float) -> Endpoint:
+    """The endpoint under a base; with a key if there is one."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    return Endpoint(endpoint_url(url), headers, timeout, retries + 1, concurrency, pause)
+
+
+def asking(
+    model: str, system: str, temperature: float, request: Mapping[str, object] | None
+) -> Callable[[object], bytes]:
+    """How the content of a user's message becomes a request in JSON; raises ValueError if `request` sets what an option sets."""
+    if request and (taken := request.keys() & {"model", "messages", "temperature", "stream"}):
+        raise ValueError(f"request sets {sorted(taken)}; expected fields that are no options of their own")
+    before = [{"role": "system", "content": system}] if system else []
+
+    def written(content: object) -> bytes:
+        messages = [*before, {"role": "user", "content": content}]
+        fields = {"model": model, "temperature": temperature, "messages": messages}
+        return json.dumps({**(request or {}), **fields}).encode()
+
+    return written
 
 
 def read_reply(response: httpx2.Response, read: Read) -> Reply:

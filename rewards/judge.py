@@ -11,7 +11,7 @@ import logging
 import mimetypes
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import lru_cache, partial
 from pathlib import Path
 from string import Formatter
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmgrpo.types import Prompt, Reward, Samples
 from rewards.answers import answer, texts
-from rewards.chat import Endpoint, Reply, ask_all, endpoint_url, read_key
+from rewards.chat import Reply, ask_all, asking, connect, read_key
 from rewards.pictures import Frames, choose, edits, images, pictures, videos, whole
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,8 @@ def judge(
     named = {part: check_template(text, attach) for part, text in templates.items()}
     low, high = check_scale(scale)
     places = check_standard(standard, templates) if standard else dict.fromkeys(templates, (low, high - low))
-    if request and (taken := request.keys() & {"model", "messages", "temperature", "stream"}):
-        raise ValueError(f"request sets {sorted(taken)}; expected fields that are no options of their own")
-    key = read_key(key_variable, key_file)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    endpoint = Endpoint(endpoint_url(url), headers, timeout, retries + 1, concurrency, pause)
-    before = [{"role": "system", "content": system}] if system else []
+    written = asking(model, system, temperature, request)
+    endpoint = connect(url, read_key(key_variable, key_file), timeout, retries, concurrency, pause)
 
     def reward(samples: Samples) -> Tensor | Mapping[str, Tensor]:
         fine = sound(samples, attach)
@@ -92,10 +88,7 @@ def judge(
             return attached(samples, row, attach, frames)
 
         def body(row: int, part: str) -> bytes:
-            text = question(samples, row, templates[part], tag)
-            messages = [*before, {"role": "user", "content": content(text, media(row))}]
-            fields = {"model": model, "temperature": temperature, "messages": messages}
-            return json.dumps({**(request or {}), **fields}).encode()
+            return written(content(question(samples, row, templates[part], tag), media(row)))
 
         bodies = [partial(body, row, part) for row, part in asked]
         replies = ask_all(endpoint, bodies, lambda text: read_score(text, low, high))
@@ -123,20 +116,20 @@ def report(model: str, replies: list[Reply], total: int, what: str) -> None:
 # ---- what is asked
 
 
-def check_template(template: str, attach: Attach) -> set[str]:
-    """The fields that a template names; raises ValueError for others, or if the judge would not see the sample."""
+def check_template(
+    template: str, attach: Attach, known: Set[str] = FIELDS, shown: Set[str] = frozenset({"answer"})
+) -> set[str]:
+    """The fields that a template names; raises ValueError for others, or if the judge would not see what is `shown`."""
     try:
         parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"template cannot be filled in: {error}; literal braces are doubled") from None
     named = {str(name) for _, name, _, _ in parts}
-    if not named <= FIELDS or any(form or conversion for _, _, form, conversion in parts):
+    if not named <= known or any(form or conversion for _, _, form, conversion in parts):
+        raise ValueError(f"template names {sorted(named)}; expected the plain fields {sorted(known)}, {{{{ for a brace")
+    if not shown <= named and attach not in ("sample", "edit"):
         raise ValueError(
-            f"template names {sorted(named)}; expected the plain fields {sorted(FIELDS)}, {{{{ for a brace"
-        )
-    if "answer" not in named and attach not in ("sample", "edit"):
-        raise ValueError(
-            "template names no {answer} and attach is not 'sample' or 'edit': the judge would not see the samples"
+            f"template names no {{{min(shown - named)}}} and attach is not 'sample' or 'edit': the judge would not see the samples"
         )
     return named
 
@@ -188,10 +181,14 @@ def sound(samples: Samples, attach: Attach) -> list[bool]:
 
 def question(samples: Samples, row: int, template: str, tag: str | None) -> str:
     """The template filled in for one sample; a target that is no text is written as JSON."""
-    prompt = samples.prompts[row]
-    target = prompt.target if isinstance(prompt.target, str) else json.dumps(prompt.target, default=str)
     found = "" if samples.text is None else answer(samples.text[row], tag)
-    return template.format(prompt=prompt.text, answer=found, target=target)
+    return filled(template, samples.prompts[row], answer=found or "")
+
+
+def filled(template: str, prompt: Prompt, **answers: str) -> str:
+    """A template with a prompt's text and target, and the answers by name."""
+    target = prompt.target if isinstance(prompt.target, str) else json.dumps(prompt.target, default=str)
+    return template.format(prompt=prompt.text, target=target, **answers)
 
 
 def attached(samples: Samples, row: int, attach: Attach, frames: Frames) -> list[Part]:

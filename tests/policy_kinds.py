@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_block_lms
+import tiny_hybrids
 import tiny_interleaved
 import tiny_vlms.policy as language
 from sounds import RATE, recordings, tiny
@@ -65,6 +66,18 @@ def interleaved(folder: Path) -> Made:
     return policy, prompts[:2]
 
 
+def hybrid(folder: Path) -> Made:
+    """Three slots for each of its decisions: a text, an image in steps."""
+    policy = tiny_hybrids.opened(tiny_hybrids.written(folder), rollout_rows=6, replay_rows=6)
+    prompts = [Prompt(0, "one plus one red circles"), Prompt(1, "two minus one")]
+    policy.prepare(prompts)
+    return policy, prompts
+
+
+def fewer_stories(policy: Any) -> None:
+    policy.options = replace(policy.options, replay_rows=1)
+
+
 def speech(folder: Path) -> Made:
     prompts = recordings(folder)[:2]
     mixing = Mixing(RATE, noise=folder / "noise", snr=(0, 5))
@@ -87,4 +100,5 @@ KINDS = (
     PolicyKind("text in blocks", partial(filled, "block"), fewer_copies),
     PolicyKind("text in blocks, by their order", partial(filled, "order"), fewer_copies),
     PolicyKind("texts and images in turn, as tokens", interleaved, fewer_tokens),
+    PolicyKind("texts and images in turn, tokens and steps", hybrid, fewer_stories),
 )

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmgrpo.advantages import against_others, centered, gdpo, leave_one_out, scaled_sum, standardize, standardized
+from mmgrpo.advantages import (
+    against_others,
+    centered,
+    gdpo,
+    leave_one_out,
+    process,
+    scaled_sum,
+    standardize,
+    standardized,
+)
 from mmgrpo.groups import group_sum, spread
 from mmgrpo.types import Advantage, Feedback
 
@@ -369,6 +378,40 @@ def test_leave_one_out_is_the_centred_score_times_size_over_size_minus_one(said:
     size = group_sum(kept.double(), said.group)[kept]
     expected = torch.where(size > 1, centered(said).values[kept] * size / (size - 1).clamp(min=1), 0)
     torch.testing.assert_close(leave_one_out(said).values[kept], expected)
+
+
+@st.composite
+def parted(draw: st.DrawFn) -> Feedback:
+    """Rewards of the parts of answers, of which some have fewer, at three places of four decisions."""
+    size = draw(st.integers(2, 10))
+    group = torch.tensor(draw(st.lists(st.integers(0, 2), min_size=size, max_size=size)))
+    part = st.one_of(st.just(NAN), st.integers(-8, 8).map(float))
+    steps = torch.tensor(
+        draw(st.lists(st.lists(part, min_size=4, max_size=4), min_size=size, max_size=size)), dtype=F64
+    )
+    total = torch.where(steps.isnan().all(1), torch.nan, steps.nansum(1))
+    return Feedback({"r": total}, {"r": 1.0}, group, steps)
+
+
+def of_parts(said: Feedback, steps: Tensor, order: Tensor) -> Feedback:
+    total = torch.where(steps.isnan().all(1), torch.nan, steps.nansum(1))
+    return Feedback({"r": total[order]}, said.weights, said.group[order], steps[order])
+
+
+@symmetry
+@given(said=parted(), data=st.data(), shift=st.integers(-50, 50), factor=st.sampled_from([0.25, 3.0, 1e3]))
+def test_process_follows_a_permutation_and_ignores_shift_and_scale_of_the_parts(
+    said: Feedback, data: st.DataObject, shift: int, factor: float
+) -> None:
+    steps, every = said.step_rewards, torch.arange(len(said.group))
+    assert steps is not None
+    order = torch.tensor(data.draw(st.permutations(range(len(every)))))
+    exact = partial(process, eps=0.0)
+    expected = exact(said)
+    for changed_steps, rows in ((steps, order), (steps + shift, every), (steps * factor, every)):
+        got = exact(of_parts(said, changed_steps, rows))
+        torch.testing.assert_close(got.values, expected.values[rows], rtol=1e-9, atol=1e-9)
+        assert torch.equal(got.keep, expected.keep[rows])
 
 
 def test_batch_scale_of_one_group_is_group_scale() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tiny_hybrids import EVERY, eager_to_draw, made, opened, written
 from torch import Tensor
 
 from mmgrpo import improve, journal, recipe
@@ -17,7 +18,7 @@ from mmgrpo.data import load_prompts, requests
 from mmgrpo.kl import k3
 from mmgrpo.objectives import clipped
 from mmgrpo.run import start
-from mmgrpo.schedules import all_but_last, listed
+from mmgrpo.schedules import listed
 from mmgrpo.shadow import Reference
 from mmgrpo.trainer import begin
 from mmgrpo.types import KINDS, Batch, Chunk, Prompt, Trajectory
@@ -28,43 +29,12 @@ from pipelines.hybrid_parts import parts_of
 from pipelines.interleaved_hybrid import HybridPolicy, load
 from pipelines.tiny_interleaved import SUMS
 
-EVERY = partial(all_but_last)
 NAMES = ("log_ratio", "drift", "sampler_gap")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("hybrid")
-    tiny_interleaved.tokenizer().save_pretrained(place / "tokenizer")
-    policy = made(place)
-    eager_to_draw(policy)
-    policy.save(place / "model")
-    return place
-
-
-def made(folder: Path, **options) -> HybridPolicy:
-    torch.manual_seed(0)
-    given = {"images": 2, "text": 3, "steps": 3, "plan": EVERY, "rollout_rows": 3, "replay_rows": 2, "device": "cpu"}
-    small = tiny_interleaved.config(width=32, layers=2, heads=2, inside=48)
-    return load(new=small, tokenizer=str(folder / "tokenizer"), **{**given, **options})
-
-
-def opened(folder: Path, **options) -> HybridPolicy:
-    given = {"images": 2, "text": 3, "steps": 3, "plan": EVERY, "rollout_rows": 3, "replay_rows": 2, "device": "cpu"}
-    return load(model=str(folder / "model"), **{**given, **options})
-
-
-def eager_to_draw(policy: HybridPolicy) -> None:
-    """Random weights everywhere, and marks of images likelier than words, so that answers differ in form and hold images."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for layer in (policy.model.flow_head, policy.model.modulation):
-            layer.weight += 0.3 * torch.randn(layer.weight.shape, generator=generator)
-        policy.model.trunk.model.embed_tokens.weight += 0.2  # a direction that all states share
-        policy.model.places += 0.2
-        width = policy.model.places.shape[1]
-        for mark, likelier in ((policy.marks.start, 4.5), (policy.marks.stop[0], 3.0)):
-            policy.model.trunk.lm_head.weight[mark] += likelier / width
+    return written(tmp_path_factory.mktemp("hybrid"))
 
 
 def batch_of(size: int = 3, count: int = 2, iteration: int = 0) -> Batch:

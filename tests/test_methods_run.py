@@ -18,7 +18,7 @@ from pipelines import assets, tiny_vlm
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[1] / "pipelines" / "recipes"
-OWN = ("advantage", "objective", "loss", "entropy")  # sections that belong to the method
+OWN = ("advantage", "objective", "loss", "entropy", "recall")  # sections that belong to the method
 SMALL = {"iterations": 2, "prompts": 2, "updates": 1, "evaluate_every": 0, "save_every": 2, "keep_share": 1.0}
 TOKENS = {"dist_centric", "token_hidden_reward", "unlikeliness", "gigpo", "salt_graph", "entropy_clip_batch",
           "entropy_clip_vocabulary", "tis", "mis", "top_entropy", "entropy_bonus", "hybrid_ratio_guided", "disco", "disco_b"}  # fmt: skip

@@ -281,6 +281,8 @@ def test_a_mistake_is_one_line_that_names_the_key(demo: Path, override: str, mes
         (["train.stage=pretrain", "train.rounds=2"], "train.stage"),
         (["objective={build='mmgrpo.contrasts:regressed'}"], "objective"),
         (["loss.kl_in_reward=0.1"], "loss.kl_in_reward"),
+        (["loss.kl_in_reward=0.1", "reference.kind=frozen", "recall.groups=4"], "recall.groups"),
+        (["recall.age=3"], "recall.age"),
         (["entropy.least=0.3", "entropy.most=0.2"], "entropy.most"),
         (["entropy.band=[1.0, 2.0]"], "entropy.band"),
         (["entropy.band=[2.0, 1.0]", "entropy.band_weight=0.1"], "entropy.band"),
@@ -370,7 +372,7 @@ def test_a_missing_package_of_a_component_is_named(demo: Path) -> None:
 
 
 def test_there_are_fewer_than_sixty_options() -> None:
-    kinds = ("Prompts", "Evaluation", "Reward", "Loss", "Entropy", "Reference", "Ema", "Optimizer", "Train")
+    kinds = ("Prompts", "Evaluation", "Reward", "Loss", "Entropy", "Reference", "Ema", "Optimizer", "Train", "Recall")
     assert sum(len(fields(vars(sections)[kind])) for kind in kinds) < 60
 
 

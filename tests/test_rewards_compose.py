@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmgrpo.advantages import gdpo, standardized
 from mmgrpo.types import Batch, Feedback, Prompt, Reward, Samples
-from rewards.compose import named, scale, weighted
+from rewards.compose import guarded, named, scale, weighted
 
 NAN = float("nan")
 A, B = [1.0, 2.0, NAN, NAN], [10.0, NAN, 30.0, NAN]
@@ -113,3 +114,74 @@ def test_weights_that_are_all_zero_and_infinite_factors_are_refused():
 def test_a_component_of_shape_b_by_one_is_refused_with_its_name():
     with pytest.raises(ValueError, match=r"reward 'a' has shape \(4, 1\); expected \(4\)"):
         named({"a": lambda samples: first(samples)[:, None]})(ROWS)
+
+
+# several labels, gates
+
+
+LABELS = torch.tensor([[0.8, 0.6, 0.5, 0.9], [0.7, 0.9, 0.4, 0.2], [0.5, 0.5, 0.5, 0.5]])
+NAMES = ("polite", "meaningful", "actionable", "safe")
+
+
+def labels(samples: Samples) -> dict[str, Tensor]:
+    """Four labels of each answer, as one model gives them."""
+    return dict(zip(NAMES, LABELS[samples.batch.sample].unbind(1), strict=True))
+
+
+def compared(scores: Tensor | dict[str, Tensor], weights: dict[str, float]) -> Feedback:
+    named_scores = {"score": scores} if isinstance(scores, Tensor) else scores
+    return Feedback(named_scores, weights, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("shares", "totals", "advantages"),
+    [
+        ((0.25, 0.25, 0.25, 0.25), (0.70, 0.55, 0.50), (1.120886, -0.320253, -0.800633)),
+        ((0.1, 0.2, 0.2, 0.5), (0.75, 0.43, 0.50), (1.129426, -0.772765, -0.356661)),  # the last two change places
+    ],
+)
+def test_labels_of_an_answer_equal_the_worked_example_of_safe_multi_objective_grpo(
+    shares: tuple[float, ...], totals: tuple[float, ...], advantages: tuple[float, ...]
+) -> None:
+    weights = dict(zip(NAMES, shares, strict=True))
+    three = samples((0, 0), (0, 0), (0, 0))
+    said = compared(labels(three), weights)
+    same(said.total(), totals)
+    summed = weighted({"labels": labels}, {f"labels/{name}": share for name, share in weights.items()})
+    same(values(summed, three), totals)
+    torch.testing.assert_close(standardized(said, eps=1e-6).values, torch.tensor(advantages), rtol=0, atol=3e-6)
+    doubled = compared(labels(three), {name: 2 * share for name, share in weights.items()})
+    torch.testing.assert_close(standardized(doubled, eps=0.0).values, standardized(said, eps=0.0).values)
+
+
+def test_one_label_alone_is_grpo_of_that_label_and_a_gate_keeps_an_unsafe_answer_from_trading() -> None:
+    three = samples((0, 0), (0, 0), (0, 0))
+    one_hot = compared(labels(three), {"polite": 0.0, "meaningful": 1.0, "actionable": 0.0, "safe": 0.0})
+    alone = compared(LABELS[:, 1], {"score": 1.0})
+    assert torch.equal(standardized(one_hot).values, standardized(alone).values)
+
+    def safe(samples: Samples) -> Tensor:
+        return labels(samples)["safe"]
+
+    helpful = weighted({"labels": labels}, {f"labels/{name}": 1.0 if name != "safe" else 0.0 for name in NAMES})
+    same(values(helpful, three), [1.9, 2.0, 1.5])  # the unsafe answer would win
+    gated = guarded(quality=helpful, guards={"safe": safe}, least={"safe": 0.4}, floor=0.0)
+    same(values(gated, three), [1.9, 0.0, 1.5])
+
+
+def test_a_conditioned_reward_counts_where_the_hard_one_is_reached_and_changes_what_gdpo_prefers() -> None:
+    """Easy 1 1 0 0, hard 0 1 0 1: conditioned on hard >= 1 the easy one is 0 1 0 0."""
+    four = samples((1, 0), (1, 1), (0, 0), (0, 1))
+    conditioned = guarded(quality=first, guards={"hard": second}, least={"hard": 1.0}, floor=0.0)
+    same(values(conditioned, four), [0.0, 1.0, 0.0, 0.0])
+
+    def advantages(easy: Tensor) -> Tensor:
+        rewards = {"easy": easy, "hard": second(four)}
+        said = Feedback(rewards, dict.fromkeys(rewards, 1.0), torch.zeros(4, dtype=torch.int64))
+        return gdpo(said, eps=0.0, batch_scale=False).values
+
+    half, high, low = 0.75**0.5, 1.5, -0.5  # (0.5 / 0.577350), (0.75, -0.25) / 0.5
+    same(advantages(first(four)), [0.0, 2 * half, -2 * half, 0.0])  # easy and wrong ties with hard and right
+    same(advantages(values(conditioned, four)), [low - half, high + half, low - half, low + half])
+    missing = samples((1, NAN), (NAN, 1))
+    same(values(conditioned, missing), [NAN, NAN])

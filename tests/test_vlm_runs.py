@@ -11,9 +11,12 @@ from tiny_vlms.policy import picture
 
 from mmgrpo import checkpoint, journal
 from mmgrpo.check import examine
+from mmgrpo.gathering import gather
+from mmgrpo.journal import Stopwatch
 from mmgrpo.recipe import load
 from mmgrpo.run import start
-from mmgrpo.trainer import resume, train
+from mmgrpo.trainer import improve, resume, train
+from mmgrpo.types import Chunk
 
 SEES = "Qwen2_5_VLForConditionalGeneration"
 REWARD = '''
@@ -114,8 +117,18 @@ def test_a_clip_below_the_samplers_rounding_is_refused(recipe) -> None:
             "reference.kind='ema'",
             "reference.decay=0.5",
         ),
+        ("advantage={build='mmgrpo.risk:bundle_risk', size=2}", "train.updates=2"),
+        ("advantage={build='mmgrpo.shaping:distribution_centric'}",),
     ],
-    ids=["one update", "several updates and rounds", "kl to an average", "adapters, truncated", "entropy and kl"],
+    ids=[
+        "one update",
+        "several updates and rounds",
+        "kl to an average",
+        "adapters, truncated",
+        "entropy and kl",
+        "tracked quantiles",
+        "a temperature that follows the entropy",
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe, tmp_path, overrides) -> None:
     train(recipe(*overrides), tmp_path / "whole")
@@ -125,6 +138,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe, tmp_path,
     resume(tmp_path / "half")
     (one, facts), (other, expected) = states(tmp_path / "half"), states(tmp_path / "whole")
     assert facts == expected
+    assert bool(other.get("advantage")) == any(item.startswith("advantage") for item in overrides)
     for part, tensors in other.items():
         for name, value in tensors.items():
             assert torch.equal(one[part][name], value), (part, name)
@@ -239,3 +253,30 @@ def test_a_kl_in_the_reward_changes_the_advantages_once_the_policy_has_moved(rec
     free = train(recipe("train.iterations=2"), tmp_path / "free")
     moved = [torch.cat([value.flatten() for value in one.policy.trainable().values()]) for one in (run, free)]
     assert not torch.equal(*moved)
+
+
+def test_decisions_that_an_advantage_drops_leave_the_loss_and_its_denominators(recipe) -> None:
+    rate = 0.5
+    options = ("loss.aggregation='token_mean'", f"optimizer.learning_rate={rate}", "optimizer.max_grad_norm=1e9")
+    clipped = "advantage={build='mmgrpo.entropy_clip:entropy_clipped', by='vocabulary', width=0.5, most=0.3}"
+    run = start(recipe(*options, clipped))
+    run.optimizer = torch.optim.SGD(run.policy.trainable().values())  # a step is the gradient times the rate
+    rolled = gather(run, Stopwatch(run.device))
+    advantage = run.compare(rolled.feedback)
+    mask, kept = rolled.trajectory.mask, advantage.decisions
+    assert kept is not None and 0 < int((mask & ~kept).sum()) == round(
+        advantage.metrics["dropped_tokens"] * int(mask.sum())
+    )
+    share = torch.where(kept & mask, advantage.values.unsqueeze(1), 0) / (kept & mask).sum()
+
+    def consume(chunk: Chunk) -> None:
+        (-share[chunk.rows][:, chunk.steps] * chunk.evaluation.log_ratio.exp()).sum().backward()
+
+    run.policy.replay(rolled.trajectory, consume)
+    trained = run.policy.trainable()
+    wanted = {name: value.detach() - rate * value.grad for name, value in trained.items() if value.grad is not None}
+    run.optimizer.zero_grad()
+    metrics = improve(run, rolled, advantage)
+    assert metrics["update/loss"] == pytest.approx(-float(share.sum()), abs=1e-6)
+    for name, value in wanted.items():
+        torch.testing.assert_close(trained[name].detach(), value, rtol=1e-5, atol=1e-6)
