@@ -82,8 +82,8 @@ def test_the_shipped_generator_obeys_as_often_as_stated_and_draws_whole_dots():
     ids = torch.arange(32)
     samples = Samples(Batch(tuple(asked), ids, ids, 0, 0), video=clips)
     tracked = measures(model=tracker(), components=(MOVE,))(samples)["accuracy"]
-    assert 0.15 < tracked.mean() < 0.75  # 0.05 of starts that draw dots anywhere: most jumps are no move
-    assert drawing(samples)["likeness"].mean() > 0.5
+    assert 0.3 < tracked.mean() < 0.6  # 0.05 of a model that draws dots anywhere: most jumps are no move
+    assert drawing(samples)["likeness"].mean() > 0.85
 
 
 def test_the_recipe_builds_the_demo_with_its_actions_in_their_order():
