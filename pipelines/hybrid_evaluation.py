@@ -19,7 +19,6 @@ from pipelines.hybrid_reading import Answers, Noisy, Prompts, read, trimmed
 from pipelines.hybrid_steps import Steps
 from pipelines.hybrid_writing import Marks
 
-
 ALWAYS = ("entropy", "sampler_gap", "drift", "step_std", "dt")  # of a call without tokens, or without steps, as well
 
 
