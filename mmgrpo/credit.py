@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmgrpo.advantages import standardized
-from mmgrpo.comparing import Comparison, scores_of
+from mmgrpo.advantages import standardize, standardized
+from mmgrpo.comparing import Comparison, as_scores, compared, scores_of
 from mmgrpo.groups import group_centred, group_std
 from mmgrpo.types import Advantage, AdvantageFunction, Feedback, same_shape
 
@@ -80,6 +80,45 @@ def rewards_of_steps(feedback: Feedback, mask: Tensor) -> Tensor:
         return feedback.step_rewards.nan_to_num(0)
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return torch.where(last, scores_of(feedback).nan_to_num(0).unsqueeze(1), 0)
+
+
+# ---- values of steps
+
+
+def anchored_values(
+    *, discount: float = 0.9, absolute: float = 0.1, early: float = 0.5, weighed: bool = True, eps: float = 0.0
+) -> Comparison:
+    """VGPO (arXiv 2512.12387): the discounted reward to come, against the same step of the group and against 0; values (B, S).
+
+    Q is the sum of discounted step rewards; a step has omega * ((Q - mean) / (std + eps) + absolute * Q), mean and std (ddof 0) of
+    its group at that step, omega = Q over its mean in the sample, 1 unless `weighed`. The term in `absolute` is that of the
+    first int(early * S) steps, and teaches groups without spread too, poor ones included. RECONSTRUCTED from reviews: discount,
+    absolute, the std's ddof, and that omega multiplies both terms. Rewards are to be from 0 if `weighed`. A step without a reward
+    adds 0 to Q, enters no statistic and has value 0.
+    """
+
+    def function(feedback: Feedback) -> Advantage:
+        scores, rewards = scores_of(feedback), feedback.step_rewards
+        if rewards is None:
+            raise ValueError("the advantage needs a reward of every step, (B, S); these all judge whole samples")
+        if weighed and (rewards < 0).any():
+            least = float(rewards.nan_to_num(0).min())
+            raise ValueError(f"a step's reward is {least}; expected rewards from 0, or weighed = false")
+        come = torch.where(rewards.isnan(), torch.nan, returns(rewards.nan_to_num(0), discount))
+        steps = torch.arange(come.shape[1]).expand_as(come)
+        against = standardize(come.flatten(), joint(feedback.group, steps).flatten(), 0, eps).view(come.shape)
+        values = against + torch.where(steps < int(early * come.shape[1]), absolute * come, 0)
+        values = (values * over_own_mean(come) if weighed else values).nan_to_num(0)
+        whole = compared(scores, scores, feedback.group)
+        return whole._replace(values=as_scores(torch.where(whole.keep.unsqueeze(1), values, 0), scores))
+
+    return Comparison(function, teaches=lambda feedback: ~feedback.total().isnan())
+
+
+def over_own_mean(values: Tensor) -> Tensor:
+    """Value over the mean of its sample, 1 where that is 0; NaN enters no mean; (B, S) -> (B, S)."""
+    mean = values.nanmean(1, keepdim=True)
+    return torch.where(mean == 0, 1, values / mean)
 
 
 # ---- shared edges

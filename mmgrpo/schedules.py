@@ -90,11 +90,16 @@ def random_window(
     return _planned(steps, range(start, start + size))
 
 
-def random_subset(steps: int, iteration: int, seed: int, *, count: int) -> Tensor:
-    """`count` different steps, drawn uniformly in each iteration."""
+def random_subset(steps: int, iteration: int, seed: int, *, count: int, high: int | None = None) -> Tensor:
+    """`count` different steps below `high` (default: all that can be trained), drawn uniformly in each iteration.
+
+    Flow-DPPO (arXiv 2606.11025) trains 3 of the first half: count 3, high steps // 2.
+    """
     last = _trainable(steps)
-    _require_count("count", count, last)
-    return _planned(steps, torch.randperm(last, generator=_generator(seed, "subset", iteration))[:count].tolist())
+    high = last if high is None else high
+    _require_count("high", high, last)
+    _require_count("count", count, high)
+    return _planned(steps, torch.randperm(high, generator=_generator(seed, "subset", iteration))[:count].tolist())
 
 
 def _stay(order: Order, start: int, end: int, every: int, shortest: int | None, threshold: int, rate: float) -> int:

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmgrpo import contrasts, objectives, off_policy
+from mmgrpo import contrasts, denoising, objectives, off_policy
 from mmgrpo.aggregations import Aggregation, constant, seq_mean, token_mean
 from mmgrpo.objectives import Objective, clipped, reinforce
 from mmgrpo.types import Evaluation
@@ -21,6 +21,10 @@ OBJECTIVES: dict[str, Objective] = {
     "reinforce": reinforce,
     "guarded": objectives.guarded,
     "guarded, not by dt": partial(objectives.guarded, scale_by_dt=False),
+    "divergence bound": denoising.divergence_bound,
+    "divergence bound, not by variance": partial(denoising.divergence_bound, by_variance=False),
+    "noise weighted": denoising.noise_weighted(),
+    "noise scaled": denoising.noise_weighted(scale=2.25),
     "gspo": objectives.gspo,
     "gspo-token": objectives.gspo_token,
     "luspo": objectives.luspo,

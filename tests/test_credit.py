@@ -8,12 +8,15 @@ from test_advantages import close, ids, numbers
 from torch import Tensor
 
 from mmgrpo.advantages import process, standardized
+from mmgrpo.comparing import teaching
 from mmgrpo.credit import (
     anchored_states,
+    anchored_values,
     edge_values,
     edges,
     hidden_reward,
     influence_threshold,
+    over_own_mean,
     shared_edges,
     token_hidden_reward,
 )
@@ -171,3 +174,76 @@ def test_samples_can_be_shuffled_and_what_is_untrained_or_unheard_stays_out(name
 
 def test_with_rewards_of_parts_alone_the_process_advantage_stays_available():
     assert process(told(numbers(1, 0), ids(0, 0), VISITED, REWARDS)).values.shape == (2, 3)
+
+
+# ---- VGPO
+
+PROCESS = torch.tensor([[0.2, 0.4, 0.6], [0.1, 0.2, 0.8], [0.3, 0.5, 0.4]], dtype=F64)
+
+
+def judged(steps: Tensor, group: Tensor | None = None) -> Feedback:
+    group = torch.zeros(len(steps), dtype=torch.int64) if group is None else group
+    total = torch.where(steps.isnan().all(1), torch.nan, steps.nansum(1))
+    return Feedback({"r": total}, {"r": 1.0}, group, steps)
+
+
+def test_values_of_steps_are_anchored_in_time_and_group_as_in_the_worked_example():
+    close(
+        anchored_values(early=1.0)(judged(PROCESS)).values,
+        *[[0.702329, 1.171817, 0.041763], [-1.364810, 0.504713, 1.182548], [1.413808, -1.422441, -0.609123]],
+    )
+
+
+def test_a_group_without_spread_is_held_against_zero_at_its_early_steps_alone():
+    compare = anchored_values(discount=0.0)
+    said = judged(torch.ones(2, 4, dtype=F64))
+    close(compare(said).values, *[[0.1, 0.1, 0, 0]] * 2)
+    assert teaching(compare, said).all()
+    close(anchored_values(discount=0.0, absolute=0.0)(said).values, *[[0.0] * 4] * 2)
+
+
+def test_without_its_additions_and_with_one_reward_for_all_steps_it_is_the_group_relative_advantage():
+    scores = numbers(0.1, 0.9, 0.4, 0.4)
+    compare = anchored_values(discount=0.0, absolute=0.0, weighed=False)
+    found = compare(judged(scores.unsqueeze(1).expand(4, 3).contiguous(), ids(1, 1, 0, 0)))
+    plain = standardized(Feedback({"r": scores}, {"r": 1.0}, ids(1, 1, 0, 0)), ddof=0, eps=0.0)
+    close(found.values, *plain.values.unsqueeze(1).expand(4, 3).tolist())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rewards=st.lists(st.lists(st.integers(0, 9).map(float), min_size=4, max_size=4), min_size=2, max_size=8),
+    factor=st.sampled_from([0.25, 3.0]),
+)
+def test_the_relative_term_sums_to_zero_at_every_step_and_forgets_the_scale(rewards: list[list[float]], factor: float):
+    steps = torch.tensor(rewards, dtype=F64)
+    group = torch.arange(len(steps)) % 2
+    found = anchored_values(absolute=0.0, weighed=False)(judged(steps, group)).values
+    for number in (0, 1):
+        torch.testing.assert_close(found[group == number].sum(0), torch.zeros(4, dtype=F64))
+    relative = anchored_values(absolute=0.0)
+    scaled = relative(judged(factor * steps, group)).values
+    torch.testing.assert_close(scaled, relative(judged(steps, group)).values)
+    more = anchored_values(early=1.0)(judged(factor * steps, group)).values - scaled
+    once = anchored_values(early=1.0)(judged(steps, group)).values - scaled
+    torch.testing.assert_close(more, factor * once)
+    torch.testing.assert_close(over_own_mean(steps + 1).mean(1), torch.ones(len(steps), dtype=F64))
+
+
+def test_a_step_without_a_reward_has_no_value_and_a_sample_without_any_leaves():
+    steps = torch.cat([PROCESS, torch.full((1, 3), torch.nan, dtype=F64)])
+    steps[1, 1] = torch.nan
+    found = anchored_values(early=1.0)(judged(steps))
+    assert found.keep.tolist() == [True, True, True, False] and found.values.isfinite().all()
+    assert (found.values[3] == 0).all() and found.values[1, 1] == 0 and found.values[1].count_nonzero() == 2
+    plain = anchored_values(early=0.0, weighed=False)
+    close(plain(judged(steps)).values[:3, 2], *plain(judged(PROCESS)).values[:, 2].tolist())
+    close(plain(judged(steps)).values[[0, 2], 1], 1, -1)  # Q of .94 and .86, compared with each other alone
+
+
+def test_step_rewards_that_are_missing_or_negative_are_refused():
+    with pytest.raises(ValueError, match="needs a reward of every step"):
+        anchored_values()(Feedback({"r": numbers(1, 2)}, {"r": 1.0}, ids(0, 0)))
+    with pytest.raises(ValueError, match=r"a step's reward is -0\.5; expected rewards from 0, or weighed = false"):
+        anchored_values()(judged(PROCESS - 0.6))
+    assert anchored_values(weighed=False)(judged(PROCESS - 0.6)).values.isfinite().all()

@@ -28,6 +28,8 @@ def mixed(share: Tensor) -> Tensor:
 ON_POLICY: dict[str, Callable[[Evaluation, Tensor], Tensor]] = {  # d loss / d log_ratio where it is another than -A
     "guarded": lambda here, advantages: -advantages * here.step_std / here.dt,
     "guarded, not by dt": lambda here, advantages: -advantages * here.step_std,
+    "noise weighted": lambda here, advantages: -advantages * here.step_std / here.step_std.mean(1, keepdim=True),
+    "noise scaled": lambda here, advantages: -2.25 * advantages * here.step_std,
     "dhpo guided": lambda here, advantages: -advantages * mixed(by_entropy(here)),
     "rloo": lambda here, advantages: -advantages * advantages.shape[1],  # times decisions, for `seq_mean` to divide by
     "opmd": lambda here, advantages: -advantages / 2,

@@ -25,7 +25,7 @@ TOKENS = {"dist_centric", "token_hidden_reward", "unlikeliness", "gigpo", "salt_
 NEEDS_PARTS, NEEDS_EDGES, NEEDS_STEPS, NEEDS_COLUMNS, NEEDS_REWARDS = (
     {"process"},
     {"edge_grpo"},
-    {"guard"},
+    {"guard", "flow_dppo", "noise_weights"},
     {"dr_irl_scaling", "a_star_po"},
     {"lightning_rl"},
 )

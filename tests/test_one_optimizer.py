@@ -14,6 +14,7 @@ from mmgrpo.advantages import centered, gdpo, leave_one_out, scaled_sum, standar
 from mmgrpo.aggregations import seq_mean
 from mmgrpo.contrasts import disco, disco_ratio, dno, dno_hard
 from mmgrpo.data import requests
+from mmgrpo.denoising import divergence_bound, noise_weighted
 from mmgrpo.facts import facts
 from mmgrpo.improve import TOLD, Given, Loss, accumulate, evaluate
 from mmgrpo.objectives import (
@@ -47,6 +48,8 @@ EVERYWHERE = {  # with every policy
     "dno": dno,
 }
 OBJECTIVES = EVERYWHERE | {
+    "divergence_bound": divergence_bound,
+    "noise_weighted": noise_weighted(),
     "two-sided": partial(clipped, ceiling=3.0),
     "reinforce": reinforce,
     "gspo_token": gspo_token,

@@ -28,6 +28,7 @@ PLANS: dict[str, Plan] = {
     "random": partial(window, order="random"),
     "random_window": random_window,
     "random_subset": partial(random_subset, count=4),
+    "random_subset, early": partial(random_subset, count=3, high=4),
 }
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 
@@ -152,6 +153,13 @@ def test_a_random_subset_takes_every_trainable_step_equally_often() -> None:
     assert sum((count - 1000 / 3) ** 2 / (1000 / 3) for count in counts.values()) < 26  # chi square, 8 degrees
 
 
+def test_a_random_subset_of_the_first_half_takes_each_of_its_steps_equally_often_and_no_other() -> None:
+    subsets = [tuple(chosen(partial(random_subset, count=3, high=5), 10, i)) for i in range(1000)]
+    counts = Counter(step for subset in subsets for step in subset)
+    assert sorted(counts) == list(range(5)) and len(set(subsets)) == 10  # all of 5 over 3
+    assert sum((count - 600) ** 2 / 600 for count in counts.values()) < 18  # chi square, 4 degrees
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
@@ -167,6 +175,8 @@ def test_a_random_subset_takes_every_trainable_step_equally_often() -> None:
         (partial(random_window, high=10), "high are 0 and 10"),
         (partial(random_window, size=6), "size is 6; expected from 1 to 5"),
         (partial(random_subset, count=10), "count is 10; expected from 1 to 9"),
+        (partial(random_subset, count=4, high=3), "count is 4; expected from 1 to 3"),
+        (partial(random_subset, count=1, high=10), "high is 10; expected from 1 to 9"),
     ],
 )
 def test_an_option_that_asks_for_the_impossible_is_named(plan: Plan, message: str) -> None:
