@@ -96,6 +96,8 @@ def anchored_values(
     absolute, the std's ddof, and that omega multiplies both terms. Rewards are to be from 0 if `weighed`. A step without a reward
     adds 0 to Q, enters no statistic and has value 0.
     """
+    if not 0 <= early <= 1:
+        raise ValueError(f"early is {early}; expected a share of the steps in [0, 1]")
 
     def function(feedback: Feedback) -> Advantage:
         scores, rewards = scores_of(feedback), feedback.step_rewards

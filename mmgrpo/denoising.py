@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmgrpo.facts import Component, Facts
 from mmgrpo.objectives import Objective, clipped
-from mmgrpo.ratios import required
+from mmgrpo.ratios import required, trained
 from mmgrpo.types import Evaluation, same_shape
 from mmgrpo.weighting import Weighted
 
@@ -24,7 +24,7 @@ def divergence_bound(
     A step has moved on where its `drift`, the exact KL from the policy that sampled, is at least `limit`; it goes further where
     its ratio has left 1 to the side that A pulls to. Without `by_variance` the drift is taken times step_std^2. The paper's
     KL is a sum over elements; the limit of the authors' code, 1e-5, is for its mean. No clip; dropped steps stay in the
-    denominators.
+    denominators. Tokens beside steps have no drift and are never dropped: `mmgrpo.weighting:by_kind` gives them a clip.
     """
     if limit <= 0:
         raise ValueError(f"limit is {limit}; expected a positive divergence, nats in the reduction of the log-ratio")
@@ -40,8 +40,8 @@ def noise_weighted(*, objective: Objective = clipped, scale: float | None = None
     """An objective in which noisy, early steps weigh more (TempFlow-GRPO, arXiv 2508.04324, eq. 8), without its branching.
 
     The weight is step_std over its mean in the sample, or times `scale` if it is given. PARTIAL: the source divides by the mean
-    over the whole schedule, an evaluation holds the trained steps. Where plans train a window that moves, `scale` is to be 1 over the
-    schedule's mean; 2.25 is in a public port and not confirmed. A decision that is no step weighs 0.
+    over the whole schedule, an evaluation holds the trained steps. Under a plan that moves, give 1 over the mean of the
+    schedule as `scale`; a public port has 2.25, not confirmed. A decision that is no step weighs 0.
     """
     if scale is not None and scale <= 0:
         raise ValueError(f"scale is {scale}; expected a positive factor of step_std, or none")
@@ -51,8 +51,9 @@ def noise_weighted(*, objective: Objective = clipped, scale: float | None = None
 def relative_noise(evaluation: Evaluation, advantages: Tensor) -> Tensor:
     """step_std over its mean in the sample's trained steps; (B, S), of mean 1 there."""
     std = required(evaluation, "step_std")
-    steps = (std > 0).sum(1, keepdim=True)  # untrained decisions have 0, and so have tokens
-    return std * steps / torch.where(steps > 0, std.sum(1, keepdim=True), 1)
+    steps = trained(evaluation) & (std > 0)  # tokens have 0
+    total = torch.where(steps, std, 0).sum(1, keepdim=True)
+    return std * steps.sum(1, keepdim=True) / torch.where(total > 0, total, 1)
 
 
 def scaled_noise(evaluation: Evaluation, advantages: Tensor, *, scale: float) -> Tensor:

@@ -247,3 +247,5 @@ def test_step_rewards_that_are_missing_or_negative_are_refused():
     with pytest.raises(ValueError, match=r"a step's reward is -0\.5; expected rewards from 0, or weighed = false"):
         anchored_values()(judged(PROCESS - 0.6))
     assert anchored_values(weighed=False)(judged(PROCESS - 0.6)).values.isfinite().all()
+    with pytest.raises(ValueError, match="early is 5; expected a share of the steps"):
+        anchored_values(early=5)

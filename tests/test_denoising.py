@@ -1,6 +1,7 @@
 """Flow-DPPO's bound and TempFlow's weights: the worked examples, steps of real Gaussians, and what must hold."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -104,10 +105,12 @@ def test_the_weights_equal_the_worked_example() -> None:
 
 def test_steps_of_a_window_keep_their_place_in_the_schedule_under_a_given_scale() -> None:
     window = torch.tensor([[False, True, True, False]])
-    here, ones = masked(single(numbers(0, 0, 0, 0), step_std=STD), window), -torch.ones(1, 4, dtype=F64)
+    full, ones = single(numbers(0, 0, 0, 0), step_std=STD), -torch.ones(1, 4, dtype=F64)
+    here = masked(full, window)
     close(noise_weighted(scale=float(1 / STD.mean()))(here, ones)[window], 1.304894, 0.753381)
     own = STD[1:3] / STD[1:3].mean()
     close(noise_weighted()(here, ones)[window], *own.tolist())
+    close(noise_weighted()(replace(full, mask=window), ones)[window], *own.tolist())
 
 
 def test_equal_noise_weighs_nothing_and_only_the_size_of_the_loss_is_weighed() -> None:
