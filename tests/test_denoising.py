@@ -46,7 +46,8 @@ def test_the_bound_equals_the_worked_example() -> None:
 def test_the_limit_itself_drops_and_the_variance_is_left_out_on_request() -> None:
     ratio, ones, drift = numbers(1.1, 1.1), numbers(1, 1)[None], numbers(1e-5, 9.9e-6)
     close(divergence_bound(steps(ratio, drift), ones), 0, -1.1)
-    wide = steps(ratio, drift, numbers(0.5, 2.0))  # drift * std^2 is 2.5e-6 and 3.96e-5
+    wide = steps(ratio, numbers(3e-5, 3e-6), numbers(0.5, 2.0))  # drift * std^2 is 7.5e-6 and 1.2e-5
+    close(divergence_bound(wide, ones), 0, -1.1)
     close(divergence_bound(wide, ones, by_variance=False), -1.1, 0)
 
 
