@@ -10,6 +10,7 @@ from torch import Tensor
 from mmgrpo.types import Finding, Policy, Trajectory
 
 STRAIGHT = 0.05  # by which a finite difference may miss the gradient
+LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of the moves that are tried: a long one bends, a short one rounds
 
 
 def largest(policy: Policy, trajectory: Trajectory) -> float:
@@ -77,7 +78,7 @@ def straight(policy: Policy, anchored: Trajectory, slope: Mapping[str, Tensor], 
     spread = torch.stack([trained[name].detach().double().square().mean() for name in slope]).mean().sqrt()
     reach = 1e-2 * float(spread) / size * len(slope) ** 0.5
     error = math.inf
-    for factor in (1.0, 0.1, 0.01, 0.001):  # the first at which the log-ratio is straight enough
+    for factor in LENGTHS:  # the first at which the log-ratio is straight enough
         if error >= STRAIGHT:
             above, below = (difference(policy, anchored, slope, sign * factor * reach) for sign in (1, -1))
             error = min(error, abs((above - below) / (2 * factor * reach) / size**2 - 1))

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmgrpo.types import Batch, Finding, Prompt, Trajectory
 from pipelines.engine import Engine, probe_batch
 from pipelines.first_order import NoFirstOrder, first_order
+from pipelines.replays import LENGTHS, STRAIGHT
 from pipelines.settle import ROUNDING, log_ratios, only
 from pipelines.tape import Call, StepResult
 
@@ -77,15 +78,15 @@ def finite_difference(engine: Engine, trajectory: Trajectory, step: int, gradien
     size = torch.stack([value.detach().double().square().mean() for value in parameters.values()]).mean().sqrt()
     reach = float(1e-3 * size / norm * len(parameters) ** 0.5)
     error = math.inf
-    for factor in (1.0, 0.1, 0.01, 0.001):  # the first at which the log-ratio is straight enough
-        if error >= 0.05:
+    for factor in LENGTHS:  # the first at which the log-ratio is straight enough
+        if error >= STRAIGHT:
             with moved(parameters, gradient, factor * reach):
                 above = log_ratios(engine, only(trajectory, step)).sum()
             with moved(parameters, gradient, -factor * reach):
                 below = log_ratios(engine, only(trajectory, step)).sum()
             slope = float(above - below) / (2 * factor * reach)
             error = min(error, abs(slope / float(norm) ** 2 - 1))
-    return Finding(error < 0.05, name, f"slope along the gradient differs by {error:.1%} from the gradient's")
+    return Finding(error < STRAIGHT, name, f"slope along the gradient differs by {error:.1%} from the gradient's")
 
 
 @contextmanager

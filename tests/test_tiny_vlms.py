@@ -187,6 +187,10 @@ def test_the_last_logits_depend_on_the_words(row: TinyVLM) -> None:
 
 @every_row_with_pictures
 def test_the_last_logits_depend_on_a_pixel(row: TinyVLM) -> None:
+    if row.name == "Emu3ForConditionalGeneration":
+        pytest.skip(
+            "one pixel moves no picture to another code of its tokenizer; the test of two pictures looks at whole ones"
+        )
     for image in PICTURES:
         before = last(built(row), Prompt("How many?", [image]))
         assert change(before, last(built(row), Prompt("How many?", [other_middle(image)]))) > VISIBLE
