@@ -66,7 +66,9 @@ SUMS = tuple(
 )  # all 144
 
 
-TERMS = tuple(dict.fromkeys((one.first, one.sign, one.second) for one in SUMS))  # all 12, those that begin with one first
+TERMS = tuple(
+    dict.fromkeys((one.first, one.sign, one.second) for one in SUMS)
+)  # all 12, those that begin with one first
 
 
 def split_of(asked: Sum) -> str:
