@@ -80,8 +80,8 @@ samples = 4
 """
 
 
-def write_lessons(folder: Path, seed: int) -> None:
-    """Pictures of everything that can be said, and answers to the training sums that use them."""
+def write_lessons(folder: Path, seed: int, share: float) -> None:
+    """Pictures of everything that can be said, and answers to the training sums that use them, a share with any result."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     generator, files = torch.Generator().manual_seed(derive(seed, "pictures")), {}
     for wish in WISHES:
@@ -89,12 +89,12 @@ def write_lessons(folder: Path, seed: int) -> None:
         files[wish.text] = [f"pictures/{wish.text.replace(' ', '_')}_{number}.png" for number in range(RENDERINGS)]
         for image, file in zip(drawn, files[wish.text], strict=True):
             save_image(image, folder / file)
-    for split, times, share in (("train", ROWS, CARELESS), ("validation", 1, 0.0)):
+    for split, times, wrong in (("train", ROWS, share), ("validation", 1, 0.0)):
         rows = []
         for number in range(times):
             for one in (one for one in SUMS if split_of(one) == split):
                 row = derive(seed, one.prompt, number)
-                texts = careless(one, share, row)
+                texts = careless(one, wrong, row)
                 chosen = [files[text][derive(row, place) % RENDERINGS] for place, text in enumerate(texts)]
                 rows.append({"prompt": one.prompt, "answer": answers(texts, chosen), "texts": one.texts})
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -127,13 +127,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--report-every", type=int, default=175, help="steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--careless", type=float, default=CARELESS, help="share of results that are any number")
     parser.add_argument("--start", type=Path, help="folder of a model to go on from")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_lessons(folder, options.seed)
+        write_lessons(folder, options.seed, options.careless)
         model = model_table(options.start, folder)
         text = RECIPE.format(folder=folder, batch=options.batch, rate=options.rate, steps=options.steps,
                              every=options.report_every, model=model)  # fmt: skip
