@@ -176,4 +176,4 @@ def test_peak_memory_grows_by_what_was_held_and_does_not_shrink():
         before, during, after = json.loads(pipe.read())
     os.waitpid(child, 0)
     assert during <= after < during + 2**22  # the process itself goes on needing a little
-        assert during - before == pytest.approx(2**28, rel=0.1)
+    assert during - before == pytest.approx(2**28, rel=0.1)
