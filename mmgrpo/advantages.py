@@ -8,6 +8,7 @@ One treatment of the exceptions, everywhere:
 Group ids are any int64 values in any order. Axes: B samples, K rewards.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -60,6 +61,9 @@ def standardized(
     scores = scores_of(feedback)
     values = standardize(scores, feedback.group, ddof, eps, scale)
     return compared(values if clamp is None else values.clamp(-clamp, clamp), scores, feedback.group)
+
+
+GRPO = partial(standardized, eps=1e-6)  # as the methods that build on it are published
 
 
 def centered(feedback: Feedback) -> Advantage:

@@ -110,3 +110,11 @@ def column_of(feedback: Feedback, name: str) -> Tensor:
             f"the advantage needs a number in the column {name!r} of every prompt; got {odd[:1] or 'no prompts'}"
         )
     return torch.tensor(found, dtype=torch.float64)
+
+
+def fact_of(feedback: Feedback, name: str) -> tuple[Tensor, Tensor]:
+    """The mask, everything where none was told, and a fact; raises ValueError if it was not told."""
+    if name not in feedback.facts:
+        raise ValueError(f"the advantage needs the fact {name!r}; got {sorted(feedback.facts)}")
+    fact = feedback.facts[name]
+    return torch.ones(fact.shape[:2], dtype=torch.bool) if feedback.mask is None else feedback.mask, fact

@@ -5,20 +5,18 @@ followed; equal keys in one group are the same. Untrained decisions have value 0
 Axes: B samples, S decisions, G samples of a group, V tokens, D features, E edges of a graph.
 """
 
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmgrpo.advantages import standardize, standardized
-from mmgrpo.comparing import Comparison, as_scores, compared, scores_of
+from mmgrpo.advantages import GRPO, standardize
+from mmgrpo.comparing import Comparison, as_scores, compared, fact_of, scores_of
 from mmgrpo.groups import group_centred, group_std
 from mmgrpo.types import Advantage, AdvantageFunction, Feedback, same_shape
 
 Mode = Literal["mean", "mean_std"]
 EPS = 1e-6
-GRPO = partial(standardized, eps=EPS)
 
 
 def joint(group: Tensor, key: Tensor) -> Tensor:
@@ -60,7 +58,7 @@ def anchored_states(
     """
 
     def function(feedback: Feedback) -> Advantage:
-        scores, (mask, state) = scores_of(feedback), facts(feedback, "state")
+        scores, (mask, state) = scores_of(feedback), fact_of(feedback, "state")
         group = feedback.group.unsqueeze(1).expand_as(state)
         whole = scores.unsqueeze(1).expand_as(mask)
         if cross_steps:
@@ -150,7 +148,7 @@ def shared_edges(*, advantage: AdvantageFunction = GRPO, distinct: bool = False)
     """
 
     def function(feedback: Feedback) -> Advantage:
-        found, (mask, edge) = advantage(feedback), facts(feedback, "edge")
+        found, (mask, edge) = advantage(feedback), fact_of(feedback, "edge")
         values = (found.values if found.values.dim() == 2 else found.values.unsqueeze(1)).expand_as(mask)
         kept = mask & found.keep.unsqueeze(1)
         return found._replace(values=merged(values, joint(feedback.group, edge), kept, distinct).to(found.values))
@@ -180,7 +178,7 @@ def edges(*, ddof: int = 0) -> Comparison:
     """
 
     def function(feedback: Feedback) -> Advantage:
-        scores, (mask, present) = scores_of(feedback), facts(feedback, "present")
+        scores, (mask, present) = scores_of(feedback), fact_of(feedback, "present")
         values = torch.zeros(mask.shape, dtype=torch.float64)
         for number in feedback.group.unique():
             rows = ((feedback.group == number) & ~scores.isnan()).nonzero().flatten()
@@ -222,7 +220,7 @@ def token_hidden_reward(*, tilt: float = 0.1, threshold: float = 1.0, right: flo
     """
 
     def function(feedback: Feedback) -> Advantage:
-        found, (mask, hidden) = GRPO(feedback), facts(feedback, "hidden")
+        found, (mask, hidden) = GRPO(feedback), fact_of(feedback, "hidden")
         good, factor = scores_of(feedback) > right, torch.ones(mask.shape, dtype=torch.float64)
         for number in feedback.group.unique():
             rows = ((feedback.group == number) & found.keep).nonzero().flatten()
@@ -239,14 +237,6 @@ def token_hidden_reward(*, tilt: float = 0.1, threshold: float = 1.0, right: flo
 
 
 # ---- shared
-
-
-def facts(feedback: Feedback, name: str) -> tuple[Tensor, Tensor]:
-    """The mask, everything where none was told, and a fact; raises ValueError if it was not told."""
-    if name not in feedback.facts:
-        raise ValueError(f"the advantage needs the fact {name!r}; got {sorted(feedback.facts)}")
-    fact = feedback.facts[name]
-    return torch.ones(fact.shape[:2], dtype=torch.bool) if feedback.mask is None else feedback.mask, fact
 
 
 def concluded(feedback: Feedback, values: Tensor) -> Advantage:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmgrpo.advantages import standardize
 from mmgrpo.groups import group_centred, group_least, group_most, group_std, group_sum, spread
 from mmgrpo.types import Advantage, Feedback
 
@@ -77,8 +78,7 @@ def named(feedback: Feedback, name: str) -> Tensor:
 
 def z_score(values: Tensor, group: Tensor) -> Tensor:
     """(value - mean) / std of its group with the population's std, 0 without spread; (B,), (B,) int64 -> (B,) float64."""
-    std = group_std(values, group, ddof=0)
-    return group_centred(values, group) / torch.where(std > 0, std, 1)
+    return standardize(values.double(), group, ddof=0, eps=0)
 
 
 def _accuracy(right: Tensor, group: Tensor, form: Accuracy) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmgrpo.comparing import Comparison
-from mmgrpo.credit import GRPO, facts
+from mmgrpo.advantages import GRPO
+from mmgrpo.comparing import Comparison, fact_of
 from mmgrpo.types import Advantage, AdvantageFunction, Feedback, same_shape
 
 LEAST_SPREAD = 1e-12
@@ -72,9 +72,9 @@ def entropy_clipped(
     """
 
     def function(feedback: Feedback) -> Advantage:
-        found, (mask, entropy) = advantage(feedback), facts(feedback, "entropy")
-        values = discriminator(facts(feedback, "log_prob")[1], entropy)
-        expected = facts(feedback, "expected_discriminator")[1]
+        found, (mask, entropy) = advantage(feedback), fact_of(feedback, "entropy")
+        values = discriminator(fact_of(feedback, "log_prob")[1], entropy)
+        expected = fact_of(feedback, "expected_discriminator")[1]
         own = (found.values if found.values.dim() == 2 else found.values.unsqueeze(1)).expand(mask.shape)
         heard = mask & found.keep.unsqueeze(1)
         if by == "batch":

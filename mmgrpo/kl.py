@@ -100,7 +100,7 @@ def _to_reference(evaluation: Evaluation) -> Tensor:
     return evaluation.to_reference
 
 
-KINDS: Mapping[str, KL] = {
+DISTANCES: Mapping[str, KL] = {
     "exact": exact_kl,
     "flow_grpo": scaled_kl,
     "k2": estimated_k2,

@@ -7,7 +7,7 @@ import inspect
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, with_config
 
 from mmgrpo.comparing import needed
 from mmgrpo.components import build, locate
-from mmgrpo.facts import facts
+from mmgrpo.facts import facts, unbound
 from mmgrpo.toml import RecipeError, Table, nearest, write
 
 
@@ -89,7 +89,6 @@ def definition(name: str) -> str:
 def described(component: str) -> list[str]:
     """A component's signature and the docstring of its function."""
     function = locate(component, "mmgrpo methods")
-    inner = function.func if isinstance(function, partial) else function
     options = [
         f"{item.name} = {shown(item.default)}"
         for item in inspect.signature(function).parameters.values()
@@ -98,13 +97,13 @@ def described(component: str) -> list[str]:
     return [
         component,
         f"  options: {', '.join(options) or 'none'}",
-        f"  {inspect.getdoc(inner) or ''}".replace("\n", "\n  "),
+        f"  {inspect.getdoc(unbound(function)) or ''}".replace("\n", "\n  "),
     ]
 
 
 def shown(default: object) -> str:
     """A default as a reader types it."""
     if callable(default):
-        function = default.func if isinstance(default, partial) else default
-        return str(getattr(function, "__name__", function))
+        function: Any = unbound(default)
+        return str(function.__name__ if inspect.isroutine(function) else type(function).__name__)
     return "(required)" if default is inspect.Parameter.empty else repr(default)

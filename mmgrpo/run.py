@@ -125,10 +125,10 @@ def adaptation(recipe: Recipe) -> Adaptation | None:
 def distance(options: LossOptions) -> kl.KL:
     """The KL of the recipe's loss, per kind of decision if it tells them apart."""
     if not options.kl_kinds and not options.kl_shares:
-        return kl.KINDS[options.kl]
+        return kl.DISTANCES[options.kl]
     return kl.ByKind(
         {
-            number: (kl.KINDS[options.kl_kinds.get(kind, options.kl)], options.kl_shares.get(kind, 1.0))
+            number: (kl.DISTANCES[options.kl_kinds.get(kind, options.kl)], options.kl_shares.get(kind, 1.0))
             for kind, number in KINDS.items()
         }
     )

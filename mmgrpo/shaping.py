@@ -3,17 +3,13 @@
 Axes: B samples, S decisions.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from mmgrpo.advantages import standardize, standardized
-from mmgrpo.comparing import Comparison, Memory, Remembering, as_scores, column_of, compared, scores_of
+from mmgrpo.advantages import GRPO, standardize
+from mmgrpo.comparing import Comparison, Memory, Remembering, as_scores, column_of, compared, fact_of, scores_of
 from mmgrpo.groups import group_centred, within
 from mmgrpo.types import Advantage, AdvantageFunction, Feedback, same_shape
-
-GRPO = partial(standardized, eps=1e-6)
 
 # ---- likely samples earn less
 
@@ -39,17 +35,16 @@ def unlikeliness(*, share: float = 0.25, ddof: int = 1, eps: float = 1e-6) -> Co
 
     def function(feedback: Feedback) -> Advantage:
         scores, group = scores_of(feedback), feedback.group
-        likely = mean_of(feedback.facts["log_prob"], feedback.mask)
+        likely = mean_of(*fact_of(feedback, "log_prob"))
         shrunk = shrunk_by_likelihood(scores, likely, group, share)
         return compared(as_scores(standardize(shrunk, group, ddof, eps), scores), scores, group)
 
     return Comparison(function, needs=("log_prob",))
 
 
-def mean_of(values: Tensor, mask: Tensor | None) -> Tensor:
+def mean_of(mask: Tensor, values: Tensor) -> Tensor:
     """The mean over a sample's trained decisions, 0 where there is none; (B, S), (B, S) -> (B,)."""
-    trained = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    return torch.where(trained, values.double(), 0).sum(1) / trained.sum(1).clamp(min=1)
+    return torch.where(mask, values.double(), 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 # ---- entropy held at a target
@@ -81,8 +76,8 @@ def distribution_centric(
         weight = (feedback.facts[chosen] - feedback.facts[names[1.0]]).exp()  # (B, S)
         values = (1 - alpha) * found.values.unsqueeze(1) + alpha * good.unsqueeze(1) * weight
         values = torch.where(found.keep.unsqueeze(1), values, 0)
-        mask = torch.ones_like(weight, dtype=torch.bool) if feedback.mask is None else feedback.mask
-        now = torch.where(mask, feedback.facts["entropy"].double(), 0).sum() / mask.sum().clamp(min=1)
+        mask, nats = fact_of(feedback, "entropy")
+        now = torch.where(mask, nats.double(), 0).sum() / mask.sum().clamp(min=1)
         metrics = {**found.metrics, "steering_share": alpha, "entropy": float(now)}
         return Advantage(values.to(found.values), found.keep, metrics), {"entropy": now}
 

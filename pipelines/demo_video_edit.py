@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mmgrpo import journal, moved
 from mmgrpo.evaluation import held_out_samples
@@ -39,13 +40,13 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     with training.averaged():
         after = edited(training)
     changes = moved.compared(moved.kept(folder), moved.kept(folder, moved.NOW), training.weights)
-    write_clips(folder / "clips", before, after)
+    movies.write_all(folder / "clips", shown(before, after), RATE, LOOPS, SCALE)
     draw(training, folder, before, after)
     draw_curve(folder, changes)
     facts = {"seed": seed, "iterations": training.iteration, "held_out_clips": len(training.held_out)}
-    shown = {"film strip": "film_strip.png", "curve": "curve.png", "clips": "clips"}
+    drawn = {"film strip": "film_strip.png", "curve": "curve.png", "clips": "clips"}
     table = {one.name: demos.told(one) for one in changes}
-    demos.conclude(folder, {"held_out": table, **took, **facts}, shown)
+    demos.conclude(folder, {"held_out": table, **took, **facts}, drawn)
 
 
 def edited(training: Run) -> Samples:
@@ -54,24 +55,19 @@ def edited(training: Run) -> Samples:
     return held_out_samples(training.policy, training.held_out[::every][:SHOWN], 1, training.recipe.seed)
 
 
-def write_clips(folder: Path, before: Samples, after: Samples) -> None:
-    """An MP4 file of each source, edit before and edit after."""
-    folder.mkdir(exist_ok=True)
-    for name, clips in (("source", before.source_video), ("before", before.video), ("after", after.video)):
-        assert clips is not None
-        for row, clip in enumerate(clips):
-            movies.write(folder / f"{row:02d}_{name}.mp4", clip.repeat(LOOPS, 1, 1, 1), RATE, SCALE)
+def shown(before: Samples, after: Samples) -> dict[str, Tensor]:
+    """The source of each edit, the edit before and the edit after, (B, F, 3, H, W) each."""
+    assert before.source_video is not None and before.video is not None and after.video is not None
+    return {"source": before.source_video, "before": before.video, "after": after.video}
 
 
 def draw(training: Run, folder: Path, before: Samples, after: Samples) -> None:
     """The frames of each source beside those of its edits before and after, with what the edits scored."""
-    assert before.source_video is not None and before.video is not None and after.video is not None
-    clips = {"source": before.source_video, "before": before.video, "after": after.video}
     lines = {"source": [prompt.text for prompt in before.prompts]}
     for name, samples in (("before", before), ("after", after)):
         found = score(training.rewards, training.weights, samples).rewards
         lines[name] = [", ".join(f"{part} {found[part][row]:.2f}" for part in SAID) for row in range(len(samples))]
-    film_strips(clips, lines).save(folder / "film_strip.png")
+    film_strips(shown(before, after), lines).save(folder / "film_strip.png")
 
 
 def draw_curve(folder: Path, changes: Sequence[Moved]) -> None:

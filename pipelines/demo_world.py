@@ -46,7 +46,8 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
     with training.averaged():
         after = acted(training)
     changes = moved.compared(moved.kept(folder), moved.kept(folder, moved.NOW), training.weights)
-    write_clips(folder / "clips", before, after)
+    assert before.video is not None and after.video is not None
+    movies.write_all(folder / "clips", {"before": before.video, "after": after.video}, RATE, LOOPS, SCALE)
     draw(training, folder, before, after)
     draw_curve(folder, changes)
     table: dict[str, object] = {"held_out": {one.name: demos.told(one) for one in changes}}
@@ -58,15 +59,6 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
 def acted(training: Run) -> Samples:
     """A clip of each of the first held-out prompts, from the same noise at every call."""
     return held_out_samples(training.policy, training.held_out[:SHOWN], 1, training.recipe.seed)
-
-
-def write_clips(folder: Path, before: Samples, after: Samples) -> None:
-    """An MP4 file of each, played several times."""
-    folder.mkdir(exist_ok=True)
-    for name, clips in (("before", before.video), ("after", after.video)):
-        assert clips is not None
-        for row, clip in enumerate(clips):
-            movies.write(folder / f"{row:02d}_{name}.mp4", clip.repeat(LOOPS, 1, 1, 1), RATE, SCALE)
 
 
 def draw(training: Run, folder: Path, before: Samples, after: Samples) -> None:

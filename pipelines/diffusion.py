@@ -201,14 +201,13 @@ def decode_in_parts(pipeline: DiffusionPipeline, decode: Decode) -> None:
     if decode == "whole":
         return
     vae = pipeline.components.get("vae")
+    found = "no VAE" if vae is None else f"{type(vae).__name__}, which cannot"
+    refusal = f"policy.decode is {decode!r}; {type(pipeline).__name__} has {found}: expected 'whole'"
+    if not isinstance(vae, AutoencoderMixin):
+        raise ValueError(refusal)
     try:
-        if not isinstance(vae, AutoencoderMixin):
-            raise NotImplementedError
         vae.enable_slicing()
         if decode == "tiled":
             vae.enable_tiling()
-    except NotImplementedError:
-        found = "no VAE" if vae is None else f"{type(vae).__name__}, which cannot"
-        raise ValueError(
-            f"policy.decode is {decode!r}; {type(pipeline).__name__} has {found}: expected 'whole'"
-        ) from None
+    except NotImplementedError:  # diffusers' word for a VAE without
+        raise ValueError(refusal) from None

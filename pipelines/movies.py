@@ -1,6 +1,7 @@
-"""Clips as MP4 files that any player shows. Axes: F frames, H, W px."""
+"""Clips as MP4 files that any player shows. Axes: B clips, F frames, H, W px."""
 
 import tempfile
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -34,3 +35,11 @@ def write(path: Path, clip: Tensor, rate: float, scale: int = 1) -> None:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
             file.mux(stream.encode())
         partial.rename(path)
+
+
+def write_all(folder: Path, clips: Mapping[str, Tensor], rate: float, loops: int, scale: int) -> None:
+    """A file ROW_NAME.mp4 of each clip of (B, F, 3, H, W) in [0, 1], played `loops` times; the folder is made."""
+    folder.mkdir(exist_ok=True)
+    for name, several in clips.items():
+        for row, clip in enumerate(several):
+            write(folder / f"{row:02d}_{name}.mp4", clip.repeat(loops, 1, 1, 1), rate, scale)

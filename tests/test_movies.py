@@ -37,3 +37,12 @@ def test_a_clip_without_frames_or_rate_is_refused(tmp_path, clip, rate):
     with pytest.raises(ValueError, match=r"clip has shape \(3, 8, 8\)"):
         movies.write(tmp_path / "none.mp4", torch.zeros(3, 8, 8), 8)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_clip_of_a_batch_is_a_file_named_by_its_row(tmp_path):
+    clips = torch.stack([ramp(3, 64, 64), ramp(3, 64, 64).flip(0)])
+    movies.write_all(tmp_path / "clips", {"before": clips, "after": clips[:1]}, 4, loops=2, scale=1)
+    assert {path.name for path in (tmp_path / "clips").iterdir()} == {"00_before.mp4", "01_before.mp4", "00_after.mp4"}
+    found, known = frames.read(tmp_path / "clips" / "01_before.mp4", None, 4.0)
+    assert len(found) == 6 and known.fps == 4
+    assert found[0, ..., 0].mean() > found[2, ..., 0].mean()  # the second clip runs backwards

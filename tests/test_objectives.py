@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmgrpo.aggregations import Aggregation, constant, denominator, seq_mean, token_mean, weighted_sum
 from mmgrpo.facts import facts
-from mmgrpo.kl import KINDS, flow_grpo_kl, k1, k2, k3
+from mmgrpo.kl import DISTANCES, flow_grpo_kl, k1, k2, k3
 from mmgrpo.objectives import Objective, cispo, clipped, dhpo, gspo, gspo_token, guarded, reinforce, rloo
 from mmgrpo.off_policy import opmd, rec_ring
 from mmgrpo.ratios import decision, masked, sample_mean, sample_sum
@@ -403,7 +403,7 @@ def test_the_unbiased_k3_has_value_and_gradient_of_the_kl_off_policy() -> None:
     logits, exact = (numbers(0.3, -0.2, 0.1).requires_grad_() for _ in range(2))
     log_p = logits.log_softmax(0)
     here = Evaluation((log_p - BEHAVIOUR.log())[None], to_reference=(log_p - Q.log())[None])
-    value = (BEHAVIOUR * KINDS["k3_unbiased"](here)).sum()
+    value = (BEHAVIOUR * DISTANCES["k3_unbiased"](here)).sum()
     value.backward()
     log_p = exact.log_softmax(0)
     expected = (log_p.exp() * (log_p - Q.log())).sum()
@@ -415,10 +415,10 @@ def test_the_unbiased_k3_has_value_and_gradient_of_the_kl_off_policy() -> None:
 def test_every_kind_of_kl_says_what_it_lacks() -> None:
     full = Evaluation(*(numbers(0.3)[None] for _ in range(3)), dt=numbers(0.2)[None])
     assert full.kl is not None
-    close(KINDS["exact"](full), 0.3)
-    close(KINDS["flow_grpo"](full), 0.06)
+    close(DISTANCES["exact"](full), 0.3)
+    close(DISTANCES["flow_grpo"](full), 0.06)
     bare = Evaluation(numbers(0.3)[None])
-    for name, kind in KINDS.items():
+    for name, kind in DISTANCES.items():
         with pytest.raises(ValueError, match="loss.kl"):
             kind(bare)
         assert torch.isfinite(kind(replace(full, to_reference=numbers(0.3)[None]))).all(), name
