@@ -22,7 +22,9 @@ from mmgrpo.types import Chunk, Evaluation, Policy, Reference, Trajectory, requi
 from mmgrpo.weighting import selection
 
 TOLD = ("kind", "group", "reward")  # fields of an evaluation that no policy computes
-CONSTANTS = ("sampler_gap", "step_std", "dt", "mask", *TOLD)  # fields of an evaluation that carry no gradient
+CONSTANTS = (  # fields of an evaluation that carry no gradient
+    "sampler_gap", "step_std", "dt", "old_error", "reference_error", "clean_scale", "old_prediction", "target", "mask", *TOLD,
+)  # fmt: skip
 
 
 class NonFiniteError(FloatingPointError):
@@ -110,8 +112,7 @@ class Measured:
 
     def note(self, shape: torch.Size, chunk: Chunk, loss: Tensor, slope: Tensor | None) -> None:
         self.loss += float(loss)
-        found = chunk.evaluation.tensors()
-        for name, value in found.items():
+        for name, value in small(chunk.evaluation).items():
             whole = self.values.setdefault(name, torch.full(shape, torch.nan))
             whole[chunk.rows.unsqueeze(1), chunk.steps] = value.detach().float().cpu()
         if slope is not None:
@@ -209,13 +210,18 @@ def informed(evaluation: Evaluation, trajectory: Trajectory, given: Given, rows:
     return replace(evaluation, kind=kind.to(device), group=group.to(device), reward=given.reward)
 
 
+def small(evaluation: Evaluation) -> dict[str, Tensor]:
+    """The fields of one number per decision, by name; whole outputs (b, s, D) stay in their chunk."""
+    return {name: value for name, value in evaluation.tensors().items() if value.dim() == 2}
+
+
 @torch.no_grad()
 def evaluate(policy: Policy, trajectory: Trajectory, reference: Reference | None = None) -> Evaluation:
     """The evaluation of every trained decision, without gradient; (B, S), 0 where nothing is trained."""
     parts: dict[str, Tensor] = {}
 
     def consume(chunk: Chunk) -> None:
-        for name, value in chunk.evaluation.tensors().items():
+        for name, value in small(chunk.evaluation).items():
             whole = parts.setdefault(name, torch.zeros(trajectory.mask.shape, dtype=value.dtype, device=value.device))
             whole[chunk.rows.unsqueeze(1), chunk.steps] = value
 

@@ -66,17 +66,23 @@ FACTS: Mapping[Callable[..., Tensor], Facts] = {
 
 TOKENS = "a policy of tokens, such as pipelines.vlm:load"
 STEPS = "a policy of denoising steps, such as pipelines.diffusion:load"
+DRAWS = "a policy with policy.draws, such as pipelines.diffusion:load"
 KNOWN = {  # who has a field
     **dict.fromkeys(("entropy", "log_prob", "sampler_gap"), TOKENS),
     **dict.fromkeys(("drift", "step_std", "dt"), STEPS),
+    **dict.fromkeys(("error", "old_error", "clean_scale", "prediction", "old_prediction", "target"), DRAWS),
+    "reference_error": f"{DRAWS}, and reference.kind to say which",
     "to_reference": "reference.kind to say which",
 }
 
 
 def masked(evaluation: Evaluation, mask: Tensor) -> Evaluation:
     """The evaluation with 0 in the decisions that are not trained, without gradient to them; mask (B, S) bool."""
-    same_shape(**{"mask": mask} | evaluation.tensors())
-    kept = {name: torch.where(mask, value, 0) for name, value in evaluation.tensors().items() if name != "mask"}
+    values = {name: value for name, value in evaluation.tensors().items() if name != "mask"}
+    same_shape(mask=mask, **{name: value[..., 0] if value.dim() == 3 else value for name, value in values.items()})
+    kept = {
+        name: torch.where(mask[..., None] if value.dim() == 3 else mask, value, 0) for name, value in values.items()
+    }
     return Evaluation(**kept, mask=mask)
 
 

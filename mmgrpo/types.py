@@ -118,8 +118,8 @@ class Samples:
         return replace(self, batch=self.batch.take(rows), **taken)
 
 
-Kind = Literal["step", "token"]  # of a decision: a denoising step, a token
-KINDS: Mapping[Kind, int] = {"step": 0, "token": 1}
+Kind = Literal["step", "token", "draw"]  # of a decision: a denoising step, a token, a clean sample noised again
+KINDS: Mapping[Kind, int] = {"step": 0, "token": 1, "draw": 2}
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,13 @@ class Advantage(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Recorded decisions under today's weights, at least float32, with gradient; (B, S) each."""
+    """Recorded decisions under today's weights, at least float32, with gradient; (B, S) each, three fields (B, S, D).
+
+    Of a draw, a clean sample noised again at some level, the model's output (a velocity on a flow's path, the noise or whatever
+    else a denoiser predicts) is compared with what it should have been: `error` is the mean over D latent elements of the
+    squared difference. Its log_ratio is old_error - error, the surrogate of AWM (arXiv 2509.25050); kl and drift are mean squared
+    differences of outputs.
+    """
 
     log_ratio: Tensor  # log new - log old, nats (per event dimension if the reduction is a mean)
     kl: Tensor | None = None  # to the reference policy
@@ -204,6 +210,15 @@ class Evaluation:
         None  # log-prob under the weights that sampled: of the replay - of the sampler, no gradient
     )
     drift: Tensor | None = None  # KL of a Gaussian decision from the policy that sampled it
+    error: Tensor | None = None  # of a draw
+    old_error: Tensor | None = None  # of a draw under the weights that sampled, no gradient
+    reference_error: Tensor | None = None  # of a draw under the reference, no gradient
+    clean_scale: Tensor | None = (
+        None  # |change of the predicted clean sample by the output|: t on a flow's path, no gradient
+    )
+    prediction: Tensor | None = None  # (B, S, D) a draw's output
+    old_prediction: Tensor | None = None  # (B, S, D) under the weights that sampled, no gradient
+    target: Tensor | None = None  # (B, S, D) what it should have been, no gradient
     step_std: Tensor | None = None  # S of a Gaussian decision, no gradient
     dt: Tensor | None = None  # positive length of a denoising step, no gradient
     log_prob: Tensor | None = None  # log new itself, where the decision is one of countably many, nats
