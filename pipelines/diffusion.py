@@ -16,20 +16,23 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from mmgrpo.draws import Draws
+from mmgrpo.schedules import Plan
 from mmgrpo.toml import nearest
 from mmgrpo.transitions import Gaussian, Step
 from mmgrpo.types import Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
-from pipelines import selftest, weights
+from pipelines import weights
 from pipelines.decisions import from_levels
 from pipelines.engine import Engine
+from pipelines.forward_process import ForwardProcess
 from pipelines.native import native
 from pipelines.options import Options
+from pipelines.processes import Process
+from pipelines.reverse_process import ReverseProcess
 from pipelines.schedulers import quiet, require_supported
-from pipelines.settle import settle
 from pipelines.source_videos import Cut, require_usable
 from pipelines.tape import nested_pipelines
 
-Plan = Callable[[int, int, int], Tensor]  # (steps, iteration, seed) -> (S,) bool
 Precision = Literal["float32", "bfloat16", "float16"]
 Decode = Literal["whole", "sliced", "tiled"]
 
@@ -42,14 +45,14 @@ class DiffusionPolicy:
     def __init__(
         self,
         engine: Engine,
-        plan: Plan,
+        process: Process,
         *,
         train: Sequence[str] = (),
         lora: Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         self.engine = engine
-        self.plan = plan
+        self.process = process
         self.train = tuple(train)  # component names; empty means whatever predicts the steps
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
@@ -71,23 +74,23 @@ class DiffusionPolicy:
         self.engine.discover(prompts[0], self.train)
         self.notes += weights.make_trainable(self.engine.modules(), self.lora, self.gradient_checkpointing)
         self.engine.measure(prompts[0])
-        self.notes += settle(self.engine, prompts)
+        self.notes += self.process.settle(prompts)
 
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One sample per row; each row depends on the run's seed, its sample id and its prompt alone."""
-        return self.engine.rollout(batch, self.plan(self.engine.layout.steps, batch.iteration, batch.seed))
+        return self.process.rollout(batch)
 
     def generate(self, batch: Batch) -> Samples:
-        """One sample per row with the noise of the sampler off."""
-        return self.engine.generate(batch)
+        """One sample per row without exploration."""
+        return self.process.generate(batch)
 
     def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
-        """The trajectory itself: the rollout recorded the model outputs that a replay compares with."""
-        return trajectory
+        """The trajectory with what a replay compares with, where the rollout did not record it."""
+        return self.process.anchor(trajectory, parts)
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
-        """Evaluate the trained steps of a few rows at a time; each step is handed to `consume` as soon as it is known."""
-        self.engine.replay(trajectory, consume, reference)
+        """Evaluate the decisions of a few rows at a time; each is handed to `consume` as soon as it is known."""
+        self.process.replay(trajectory, consume, reference)
 
     def trainable(self) -> dict[str, Parameter]:
         """The parameters that training changes, by component and name."""
@@ -100,8 +103,8 @@ class DiffusionPolicy:
         return weights.adapters_off(self.engine.modules().values())
 
     def self_test(self, prompts: Sequence[Prompt]) -> list[Finding]:
-        """The four parts of the self-test, in this policy's dtype, guidance and batch shape."""
-        return [*(Finding(True, "pipeline", note) for note in self.notes), *selftest.findings(self.engine, prompts)]
+        """The self-test of the process, in this policy's dtype, guidance and batch shape."""
+        return [*(Finding(True, "pipeline", note) for note in self.notes), *self.process.findings(prompts)]
 
     def save(self, folder: Path) -> None:
         """Adapters in the format that the pipeline loads back; full weights with `save_pretrained`."""
@@ -111,9 +114,11 @@ class DiffusionPolicy:
 def load(
     *,
     model: str,
-    sampler: Callable[[Step], Gaussian] | Literal["native"],
-    plan: Plan,
     call: Mapping[str, Any],
+    sampler: Callable[[Step], Gaussian] | Literal["native"] | None = None,
+    plan: Plan | None = None,
+    draws: Draws | None = None,
+    evaluation_call: Mapping[str, Any] | None = None,
     revision: str | None = None,
     pipeline: str = "DiffusionPipeline",
     dtype: Precision | Mapping[str, Precision] = "bfloat16",
@@ -135,9 +140,10 @@ def load(
 ) -> DiffusionPolicy:
     """A policy from a diffusers model.
 
-    model: folder or hub name; pipeline: a diffusers class, or "module:Class" of your own. plan: which steps are
-    stochastic; sampler: how, "native" for the scheduler's own noise. call: arguments of the pipeline's own call (height,
-    num_inference_steps, guidance_scale, ...). dtype: of the weights, or of components by name with "default" for
+    model: folder or hub name; pipeline: a diffusers class, or "module:Class" of your own. call: arguments of the pipeline's own
+    call (height, num_inference_steps, guidance_scale, ...); evaluation_call: those that held-out samples have instead. Decisions
+    are denoising steps, plan: which of them are stochastic; sampler: how, "native" for the scheduler's own noise; or, with
+    draws, clean samples noised again (`mmgrpo.draws.Draws`), sampled by the pipeline's own solver. dtype: of the weights, or of components by name with "default" for
     the others (a video VAE is often kept in float32). train: names of trained components, by default those
     that predict the steps. lora: rank, alpha and targets of adapters; without it the components are trained whole.
     reduction: over the latent elements of a decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps
@@ -157,6 +163,7 @@ def load(
     options = Options(
         call=call,
         kernel=native if sampler == "native" else from_levels(sampler),
+        evaluation_call=evaluation_call or {},
         reduction=reduction,
         rollout_rows=rollout_rows,
         replay_rows=replay_rows,
@@ -168,7 +175,21 @@ def load(
         offload_trajectory=offload_trajectory,
     )
     engine = Engine(loaded.to(place), options, f"{model}@{revision}, {dtype}, {autocast}, {decode}", cache)
-    return DiffusionPolicy(engine, plan, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)
+    process = chosen_process(engine, sampler is not None, plan, draws)
+    return DiffusionPolicy(engine, process, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)
+
+
+def chosen_process(engine: Engine, sampled: bool, plan: Plan | None, draws: Draws | None) -> Process:
+    """The process that the options name; raises ValueError unless they name one."""
+    if draws is not None and plan is None and not sampled:
+        return ForwardProcess(engine, draws)
+    if draws is None and plan is not None and sampled:
+        return ReverseProcess(engine, plan)
+    named = {"sampler": sampled, "plan": plan is not None, "draws": draws is not None}
+    given = ", ".join(f"policy.{name}" for name, there in named.items() if there)
+    raise ValueError(
+        f"{given or 'none of them'} arrived; expected policy.sampler and policy.plan, or policy.draws alone"
+    )
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:

@@ -1,15 +1,14 @@
-"""Run any diffusers pipeline so that its denoising steps are recorded, and evaluated again in calls of bounded size.
+"""Run any diffusers pipeline under listeners, in calls of bounded size.
 
 Nothing here knows a model. `pipelines/tape.py` stands between the pipeline's own loop and its scheduler,
-`pipelines/listeners.py` records and replays, `pipelines/levels.py` reads the noise levels.
+`pipelines/listeners.py` and `pipelines/matching.py` listen, `pipelines/levels.py` reads the noise levels.
 Axes: B samples, S decisions (groups of denoiser calls and the steps that follow them), b rows of one pipeline call.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,15 +16,24 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from mmgrpo import seeds
-from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Samples, Trajectory
+from mmgrpo.types import Batch, Prompt, Samples
 from pipelines import arguments
-from pipelines.batching import Capture, DenoiserCall, doubled, joined, together
-from pipelines.listeners import Recorder, Replayer
+from pipelines.listeners import Recorder
 from pipelines.memo import Memo
 from pipelines.options import Layout, Options
 from pipelines.source_videos import given
 from pipelines.stubs import Stub
 from pipelines.tape import Discovery, Tape
+from pipelines.thinning import Change
+
+MOST = 100_000  # steps of any pipeline
+
+
+class Recording(Protocol):
+    """A listener that keeps what a replay needs."""
+
+    @property
+    def record(self) -> Mapping[str, Tensor]: ...
 
 
 class Engine:
@@ -34,7 +42,7 @@ class Engine:
     def __init__(
         self, pipeline: DiffusionPipeline, options: Options, revision: str = "", cache: Path | None = None
     ) -> None:
-        arguments.validate(pipeline, options.call)
+        arguments.validate(pipeline, {**options.call, **options.evaluation_call})
         self.pipeline = pipeline
         self.options = options
         self.tape = Tape(pipeline)
@@ -57,10 +65,19 @@ class Engine:
     def measure(self, prompt: Prompt) -> None:
         """Count the decisions of a run in which every step is planned."""
         probe = probe_batch([prompt], [0])
-        recorder = self._recorder(probe, torch.ones(100_000, dtype=torch.bool))
+        recorder = self.recorder(probe, torch.ones(MOST, dtype=torch.bool))
         self.run(recorder, probe, "single")
         self.layout.steps = recorder.counter.group + 1
         self.layout.parts = dict(recorder.parts)
+
+    def recorder(self, batch: Batch, planned: Tensor) -> Recorder:
+        """The listener of one call's rollout in which the planned steps, (S,) bool, are stochastic."""
+        row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
+        keep_outputs = self.stub.kind == "recorded"
+        return Recorder(
+            self.layout.denoisers, self.memo, self.options.kernel, planned, row_seeds, keep_outputs,
+            self.options.offload_trajectory,
+        )  # fmt: skip
 
     def modules(self) -> dict[str, nn.Module]:
         """The trained modules by component name."""
@@ -85,186 +102,48 @@ class Engine:
         """Every step, (S,) bool."""
         return torch.ones(self.layout.steps, dtype=torch.bool)
 
-    # -- rollout ------------------------------------------------------------------------------------------------
+    # -- samples ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def rollout(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
-        """One sample per row, and its decisions; the planned steps, (S,) bool, are stochastic and trained."""
-        record, samples = self._generate(batch, planned)
-        trained = [f"output.{step}.0" in record for step in range(self.layout.steps)]
-        mask = torch.tensor(trained).expand(len(batch), -1).clone()
-        trajectory = Trajectory(batch, mask, torch.zeros_like(mask, dtype=torch.int64), record)
-        if self.layout.anchored or int(record["rows"].max()) > self.options.replay_rows:
-            trajectory, self.layout.rounding = self.anchor(trajectory)
-        return trajectory, samples
-
-    @torch.no_grad()
-    def generate(self, batch: Batch) -> Samples:
-        """One sample per row with the noise of the sampler off."""
-        return self._generate(batch, ~self.planned)[1]
-
-    def _generate(self, batch: Batch, planned: Tensor) -> tuple[dict[str, Tensor], Samples]:
-        """The record and the samples of all rows, in order."""
+    def made(
+        self, batch: Batch, listen: Callable[[Batch], Recording], changed: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Tensor], Samples]:
+        """The record and the samples of all rows, in order; `listen` makes the listener of each call."""
         record: dict[str, Tensor] = {}
         media: dict[str, Any] = {}
-        for rows in self._calls(batch, torch.tensor(self.options.rollout_rows).expand(len(batch))):
+        for rows in self.calls(batch, torch.tensor(self.options.rollout_rows).expand(len(batch))):
             part = batch.take(rows)
-            recorder = self._recorder(part, planned)
-            made = arguments.to_media(self.run(recorder, part), len(rows))
+            listener = listen(part)
+            made = arguments.to_media(self.run(listener, part, changed=changed), len(rows))
             seats = {"rows": torch.full_like(rows, len(rows)), "seat": torch.arange(len(rows))}
             arguments.fill(media, made, rows, len(batch))
-            arguments.fill(record, recorder.record | seats, rows, len(batch))
+            arguments.fill(record, dict(listener.record) | seats, rows, len(batch))
         rate = arguments.sampling_rate(self.tape.modules) if "audio" in media else None
         return record, Samples(batch, rate=rate, source_video=given(batch.prompts, self.options.video), **media)
 
-    def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
-        row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
-        keep_outputs = self.stub.kind == "recorded"
-        return Recorder(
-            self.layout.denoisers, self.memo, self.options.kernel, planned, row_seeds, keep_outputs,
-            self.options.offload_trajectory,
-        )  # fmt: skip
-
-    # -- replay -------------------------------------------------------------------------------------------------
-
-    def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
-        """Evaluate the trained steps of a few rows at a time; they are handed to `consume` as soon as they are known."""
-        for rows in self._recorded_calls(trajectory):
-            where = trajectory.record["seat"][rows] if self.layout.seated else torch.arange(len(rows))
-            call = rows[-1:].repeat(int(trajectory.record["rows"][rows[0]]))  # other batch shapes round differently
-            call[where] = rows
-            part = trajectory.take(call)
-            references = None
-            if reference is not None:
-                with torch.no_grad(), reference.applied():
-                    references = self._replay_rows(part, lambda steps, evaluation: None)
-
-            def emit(steps: Tensor, evaluation: Evaluation, rows: Tensor = rows, where: Tensor = where) -> None:
-                consume(Chunk(rows, steps, evaluation.take(where)))
-
-            self._replay_rows(part, emit, references)
-
-    def _recorded_calls(self, trajectory: Trajectory) -> Iterator[Tensor]:
-        """Rows of each call; where seats matter, no two rows of a call have the same."""
-        record = trajectory.record
-        if not self.layout.seated:
-            yield from self._calls(trajectory.batch, record["rows"])
-            return
-        for rows in self._calls(trajectory.batch, torch.full_like(record["rows"], len(trajectory)), record["rows"]):
-            waiting = rows
-            while len(waiting):
-                firsts = [
-                    int((record["seat"][waiting] == seat).nonzero()[0]) for seat in record["seat"][waiting].unique()
-                ]
-                taken = torch.zeros(len(waiting), dtype=torch.bool)
-                taken[firsts] = True
-                yield waiting[taken]
-                waiting = waiting[~taken]
-
-    def _replay_rows(
-        self,
-        part: Trajectory,
-        emit: Callable[[Tensor, Evaluation], None],
-        references: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """One or, where steps depend on earlier ones, several calls of the pipeline; -> the model outputs by record name."""
-        wanted = part.mask.any(0).nonzero().flatten()
-        outputs: dict[str, Tensor] = {}
-        if self.options.replay_steps > 1:
-            for steps in wanted.split(self.options.replay_steps):
-                outputs |= self._replay_together(part, steps, emit, references)
-            return outputs
-        for steps in [wanted] if self.stub.kind == "zeros" else wanted.split(1):
-            outputs |= self._replay_steps(part, steps.tolist(), partial(one_step, emit), references)
-        return outputs
-
-    def _replay_together(
-        self,
-        part: Trajectory,
-        steps: Tensor,
-        emit: Callable[[Tensor, Evaluation], None],
-        references: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
-        """Steps evaluated in one forward of the denoiser, between a run that captures and one that uses it."""
-        listed = steps.tolist()
-        calls = self._captured(part, listed)
-        with autocast(self.pipeline, self.options.autocast):
-            supply = together(calls, partial(self._captured, doubled(part), listed))
-        found: list[Evaluation] = []
-        outputs = self._replay_steps(part, listed, lambda step, value: found.append(value), references, supply)
-        emit(steps, joined(found))
-        return outputs
-
-    def _replay_steps(
-        self,
-        part: Trajectory,
-        steps: Sequence[int],
-        emit: Callable[[int, Evaluation], None],
-        references: Mapping[str, Tensor] | None = None,
-        supply: Mapping[str, Any] | None = None,
-    ) -> dict[str, Tensor]:
-        """One call of the pipeline that evaluates the given steps."""
-        replayer = Replayer(
-            self.layout.denoisers, self.memo, self.options.kernel, part.record, steps, self.layout.parts,
-            self.options.reduction, self.stub, emit, references, supply,
-        )  # fmt: skip
-        self.run(replayer, part.batch)
-        return replayer.outputs
-
-    def _captured(self, part: Trajectory, steps: Sequence[int]) -> dict[str, DenoiserCall]:
-        """The denoiser calls of the given steps, which are not made: their arguments do not depend on their outputs."""
-        capture = Capture(self.stub, steps)
-        replayer = Replayer(
-            self.layout.denoisers, self.memo, self.options.kernel, part.record, (), self.layout.parts,
-            self.options.reduction, capture, lambda step, evaluation: None, last=max(steps),
-        )  # fmt: skip
-        with torch.no_grad():
-            self.run(replayer, part.batch)
-        return capture.calls
-
-    @torch.no_grad()
-    def outputs(self, trajectory: Trajectory) -> dict[str, Tensor]:
-        """The model outputs of the trained steps under today's weights, one call for all rows; by record name."""
-        return self._replay_rows(trajectory, lambda steps, evaluation: None)
-
-    @torch.no_grad()
-    def noise_off_states(self, batch: Batch) -> list[Tensor]:
-        """The next state after every scheduler step with the sampler's noise off."""
-        recorder = self._recorder(batch, torch.zeros(self.layout.steps, dtype=torch.bool))
-        recorder.everything = True
-        self.run(recorder, batch)
-        return [tensor for name, tensor in recorder.record.items() if name.startswith("next.")]
-
-    @torch.no_grad()
-    def anchor(self, trajectory: Trajectory) -> tuple[Trajectory, float]:
-        """The trajectory with its model outputs recomputed at `replay_rows`, and the mean |log-ratio| that this removed."""
-        changed = (*(name for name in trajectory.record if name.startswith("output.")), "rows", "seat")
-        record = {**trajectory.record, **{name: trajectory.record[name].clone() for name in changed}}
-        noise: list[Tensor] = []
-        for rows in self._calls(trajectory.batch, torch.tensor(self.options.replay_rows).expand(len(trajectory))):
-            outputs = self._replay_rows(
-                trajectory.take(rows), lambda steps, evaluation: noise.append(evaluation.log_ratio.abs().mean())
-            )
-            for name, output in outputs.items():
-                record[name][rows] = output.to(record[name])
-            record["rows"][rows], record["seat"][rows] = len(rows), torch.arange(len(rows))
-        anchored = Trajectory(trajectory.batch, trajectory.mask, trajectory.kind, record)
-        return anchored, float(torch.stack(noise).mean()) if noise else 0.0
-
     # -- one call of the pipeline ---------------------------------------------------------------------------------
 
-    def run(self, listener: Any, batch: Batch, form: arguments.Form | None = None) -> Any:
-        """The pipeline's own call for a batch under a listener; -> its result, or None if the listener stopped it."""
+    def run(
+        self,
+        listener: Any,
+        batch: Batch,
+        form: arguments.Form | None = None,
+        changed: Mapping[str, Any] | None = None,
+        reschedule: Change | None = None,
+    ) -> Any:
+        """The pipeline's own call for a batch under a listener; -> its result, or None if the listener stopped it.
+
+        `changed` are call arguments in the place of the usual ones; `reschedule` changes the schedule that the call sets.
+        """
         ids = batch.group if self.options.same_noise else batch.sample
         generators = [Generator().manual_seed(seeds.derive(batch.seed, "start", int(row))) for row in ids]
         asked = arguments.call_arguments(
-            self.pipeline, batch.prompts, generators, self.options.call, self.options.columns,
+            self.pipeline, batch.prompts, generators, {**self.options.call, **(changed or {})}, self.options.columns,
             form or self.layout.form, self.options.video,
         )  # fmt: skip
         with autocast(self.pipeline, self.options.autocast):
-            return self.tape.run(listener, asked, seeds.derive(batch.seed, "global", batch.iteration))
+            return self.tape.run(listener, asked, seeds.derive(batch.seed, "global", batch.iteration), reschedule)
 
-    def _calls(self, batch: Batch, sizes: Tensor, kinds: Tensor | None = None) -> Iterator[Tensor]:
+    def calls(self, batch: Batch, sizes: Tensor, kinds: Tensor | None = None) -> Iterator[Tensor]:
         """Rows of each call of the pipeline, at most their size at a time and of one kind; of one prompt if it must be."""
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (prompt, kind) in enumerate(
@@ -274,10 +153,6 @@ class Engine:
         for rows in groups.values():
             calls = -(-len(rows) // (1 if self.layout.form == "single" else int(sizes[rows[0]])))
             yield from torch.tensor(rows).tensor_split(calls)
-
-
-def one_step(emit: Callable[[Tensor, Evaluation], None], step: int, evaluation: Evaluation) -> None:
-    emit(torch.tensor([step]), evaluation)
 
 
 def autocast(pipeline: DiffusionPipeline, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ class Options:
 
     call: Mapping[str, Any]  # arguments of the pipeline's own call
     kernel: Kernel
+    evaluation_call: Mapping[str, Any] = field(default_factory=dict)  # arguments that held-out samples have instead
     reduction: Literal["mean", "sum"] = "mean"  # over the latent elements of a decision
     rollout_rows: int = 8  # samples in one call of the pipeline
     replay_rows: int = 8  # samples whose graphs are held at once

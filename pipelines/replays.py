@@ -3,17 +3,27 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from mmgrpo.types import Finding, Policy, Trajectory
+from mmgrpo.types import Consumer, Finding, Trajectory
 
 STRAIGHT = 0.05  # by which a finite difference may miss the gradient
 LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of the moves that are tried: a long one bends, a short one rounds
 
 
-def largest(policy: Policy, trajectory: Trajectory) -> float:
+class Replayed(Protocol):
+    """What of a policy is examined here."""
+
+    def replay(self, trajectory: Trajectory, consume: Consumer) -> None: ...
+
+    def trainable(self) -> dict[str, Parameter]: ...
+
+
+def largest(policy: Replayed, trajectory: Trajectory) -> float:
     """The largest |log-ratio| of a replay, over the decisions that it evaluates."""
     worst: list[Tensor] = []
     with torch.no_grad():
@@ -21,7 +31,7 @@ def largest(policy: Policy, trajectory: Trajectory) -> float:
     return float(torch.stack(worst).max())
 
 
-def total(policy: Policy, trajectory: Trajectory) -> Tensor:
+def total(policy: Replayed, trajectory: Trajectory) -> Tensor:
     """The sum of all log-ratios of a replay, float64; ()."""
     parts: list[Tensor] = []
     with torch.no_grad():
@@ -29,7 +39,7 @@ def total(policy: Policy, trajectory: Trajectory) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def gradient(policy: Policy, trajectory: Trajectory) -> dict[str, Tensor]:
+def gradient(policy: Replayed, trajectory: Trajectory) -> dict[str, Tensor]:
     """Of the sum of all log-ratios, by parameter, at least float32; leaves no gradient behind."""
     policy.replay(trajectory, lambda chunk: chunk.evaluation.log_ratio.sum().backward())
     trained = policy.trainable()
@@ -48,7 +58,7 @@ def norm(gradients: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.norm() for value in gradients.values()]).norm() if gradients else torch.zeros(())
 
 
-def exact(policy: Policy, anchored: Trajectory) -> Finding:
+def exact(policy: Replayed, anchored: Trajectory) -> Finding:
     """Two replays under the same weights agree to the last bit."""
     worst = largest(policy, anchored)
     return Finding(worst == 0, "replay", f"largest |log-ratio| between two replays {worst:.1e}; expected exactly 0")
@@ -60,7 +70,7 @@ def reached(gradients: Mapping[str, Tensor]) -> Finding:
     return Finding(bool(size > 0 and size.isfinite()), "gradient", f"norm {float(size):.3e} of the log-probs")
 
 
-def follows_the_weights(policy: Policy, anchored: Trajectory, slope: Mapping[str, Tensor]) -> Finding:
+def follows_the_weights(policy: Replayed, anchored: Trajectory, slope: Mapping[str, Tensor]) -> Finding:
     """A step along the gradient changes the log-ratio: it is not identically 0."""
     trained = policy.trainable()
     length = 1e-2 * torch.stack([trained[name].detach().float().norm() for name in slope]).norm() / norm(slope)
@@ -70,7 +80,7 @@ def follows_the_weights(policy: Policy, anchored: Trajectory, slope: Mapping[str
     return Finding(worst > 0, "ratio", said)
 
 
-def straight(policy: Policy, anchored: Trajectory, slope: Mapping[str, Tensor], dtype: torch.dtype) -> Finding:
+def straight(policy: Replayed, anchored: Trajectory, slope: Mapping[str, Tensor], dtype: torch.dtype) -> Finding:
     """The slope of the log-ratio along its gradient, measured from both sides; `dtype` is that of the computation."""
     if dtype not in (torch.float32, torch.float64):
         return Finding(True, "finite difference", f"not measured: {dtype} rounds a small move of the weights away")
@@ -86,14 +96,14 @@ def straight(policy: Policy, anchored: Trajectory, slope: Mapping[str, Tensor], 
     return Finding(error < STRAIGHT, "finite difference", said)
 
 
-def difference(policy: Policy, anchored: Trajectory, direction: Mapping[str, Tensor], by: float) -> float:
+def difference(policy: Replayed, anchored: Trajectory, direction: Mapping[str, Tensor], by: float) -> float:
     """The sum of all log-ratios after a move of the weights."""
     with moved(policy, direction, by):
         return float(total(policy, anchored))
 
 
 @contextmanager
-def moved(policy: Policy, direction: Mapping[str, Tensor], by: float) -> Iterator[None]:
+def moved(policy: Replayed, direction: Mapping[str, Tensor], by: float) -> Iterator[None]:
     """Within the context the trained weights are moved along a direction; they come back bit for bit."""
     trained = policy.trainable()
     originals = {name: trained[name].data for name in direction}

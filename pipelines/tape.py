@@ -1,6 +1,6 @@
 """Stand between a diffusers pipeline's own loop and its schedulers and modules.
 
-A tape replaces `step` on the pipeline's scheduler instances and `forward` (and `encode`) on its modules by versions that
+A tape replaces `step` and `set_timesteps` on the pipeline's scheduler instances and `forward` (and `encode`) on its modules by versions that
 ask a listener first. Without a listener the pipeline is the stock one. Listeners record a rollout, replay one, or learn
 which modules the loop calls; the pipeline's own `__call__` stays the only place that knows how its model is used.
 """
@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from pipelines.schedulers import is_scheduler
+from pipelines.thinning import Change
 
 Call = Callable[..., Any]
 
@@ -78,6 +79,7 @@ class Tape:
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
         self.listener: Listener | None = None
+        self.reschedule: Change | None = None  # of the run that is going on
         self.pipelines = nested_pipelines(pipeline)
         self.modules: dict[str, nn.Module] = {}
         for member in self.pipelines:
@@ -131,6 +133,15 @@ class Tape:
             return self.listener.step(bound, arguments.arguments)
 
         scheduler.step = types.MethodType(step, scheduler)  # a bound method is rebound by copy.deepcopy
+        set_stock = type(scheduler).set_timesteps
+
+        @functools.wraps(set_stock)
+        def set_timesteps(bound: SchedulerMixin, *args: Any, **kwargs: Any) -> None:
+            set_stock(bound, *args, **kwargs)
+            if self.reschedule is not None:
+                self.reschedule(bound)
+
+        scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
 
     def _replace_method(self, name: str, module: nn.Module, method: str) -> None:
         original: Call = operator.attrgetter(method)(module)
@@ -160,16 +171,22 @@ class Tape:
             for kind, call in decorated.items():
                 kind.__call__ = call
 
-    def run(self, listener: Listener, arguments: Mapping[str, Any], seed: int) -> Any:
-        """The pipeline's own call under a listener; None if the listener stopped it. Global randomness is seeded."""
+    def run(self, listener: Listener, arguments: Mapping[str, Any], seed: int, reschedule: Change | None = None) -> Any:
+        """The pipeline's own call under a listener; None if the listener stopped it. Global randomness is seeded.
+
+        `reschedule` changes the schedulers' tables whenever the pipeline has set its timesteps.
+        """
         call = inspect.unwrap(type(self.pipeline).__call__)  # without its no_grad decorator
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with self.listening(listener), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
+            self.reschedule = reschedule
             try:
                 return call(self.pipeline, **arguments)
             except Stop:
                 return None
+            finally:
+                self.reschedule = None
 
 
 def nested_pipelines(pipeline: DiffusionPipeline) -> list[DiffusionPipeline]:

@@ -1,0 +1,206 @@
+"""A pipeline's samples as decisions of the forward process: clean samples noised again, at levels of its own schedule.
+
+The rollout is the pipeline's own call with its own scheduler, of any order. A draw is evaluated by that call too, on a schedule
+that holds the levels of the draws alone. Axes: B samples, K draws, b rows of one call, D elements of a draw.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+from torch.nn import Parameter
+
+from mmgrpo import seeds
+from mmgrpo.draws import Draws, noise_seeds, shares, which_set
+from mmgrpo.transitions import Level
+from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
+from pipelines import forward_check, thinning
+from pipelines.engine import Engine, probe_batch
+from pipelines.matching import Matcher, Sampling, State, Witness
+
+FINE = 1000  # steps of the schedule that levels are taken from
+Emit = Callable[[int, Evaluation], None]
+
+
+class ForwardProcess:
+    """Draws of the samples that a pipeline made with its own solver."""
+
+    def __init__(self, engine: Engine, draws: Draws) -> None:
+        self.engine = engine
+        self.draws = draws
+        self.levels: list[Level] = []  # of a fine schedule; FINE of them once the process is settled
+
+    def settle(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Choose the most economical call in which a draw is evaluated as the pipeline's own loop would; -> notes."""
+        self.levels = schedule(self.engine, prompts[0], self.call(FINE))
+        return forward_check.settle(self, prompts)
+
+    def findings(self, prompts: Sequence[Prompt]) -> list[Finding]:
+        """What must hold before training."""
+        return forward_check.findings(self, prompts)
+
+    def trainable(self) -> dict[str, Parameter]:
+        """The parameters that training changes."""
+        return self.engine.trainable()
+
+    @cached_property
+    def noise_shares(self) -> Tensor:
+        """Of the fine schedule's levels; (FINE,)."""
+        return torch.stack([thinning.noise_share(level) for level in self.levels])
+
+    def call(self, steps: int | None) -> dict[str, object]:
+        """The call's arguments in training that are not those of a rollout."""
+        return {**self.draws.call, **({} if steps is None else {"num_inference_steps": steps})}
+
+    # -- rollout ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
+        """One sample per row by the pipeline's own solver, and the levels and noises of its draws."""
+        record, samples = self.sampled(batch, {})
+        sets = which_set(self.draws, batch)
+        entries = torch.zeros(len(batch), self.draws.count, dtype=torch.int64)
+        for which in sets.unique().tolist():
+            found = thinning.nearest(self.noise_shares, shares(self.draws, which, batch.seed, batch.iteration))
+            entries[sets == which] = torch.tensor(found)
+        noises = torch.tensor([noise_seeds(self.draws, batch, draw) for draw in range(self.draws.count)]).T
+        mask = torch.ones(entries.shape, dtype=torch.bool)
+        kind = torch.full(entries.shape, KINDS["draw"])
+        return Trajectory(batch, mask, kind, {**record, "entry": entries, "noise": noises}), samples
+
+    @torch.no_grad()
+    def generate(self, batch: Batch) -> Samples:
+        """One sample per row by the pipeline's own solver."""
+        return self.sampled(batch, self.engine.options.evaluation_call)[1]
+
+    @torch.no_grad()
+    def sampled(
+        self, batch: Batch, changed: Mapping[str, object], witness: Witness | None = None
+    ) -> tuple[dict[str, Tensor], Samples]:
+        """The latents that the rows end with, by part, and their samples; some arguments of the call are changed."""
+        engine = self.engine
+        record, samples = engine.made(
+            batch, lambda part: Sampling(engine.layout.denoisers, engine.memo, len(part), witness), changed
+        )
+        place = "cpu" if engine.options.offload_trajectory else engine.pipeline.device
+        return {name: value.to(place) for name, value in record.items() if name.startswith("clean.")}, samples
+
+    # -- replay -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
+        """The trajectory with the outputs under today's weights, in the calls of the coming replays."""
+        record = dict(trajectory.record)
+        for part in parts:
+            taken = trajectory.take(part)
+            for rows in self._calls(taken):
+                for draw, output in self._outputs(taken.take(rows)).items():
+                    name = f"old.{draw}"
+                    if name not in record:
+                        record[name] = output.new_full((len(trajectory), output.shape[1]), torch.nan)
+                    record[name][part[rows]] = output
+        return replace(trajectory, record=record)
+
+    def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
+        """Evaluate one draw of a few rows at a time, with gradient; `consume` may run backward."""
+        for rows in self._calls(trajectory):
+            part = trajectory.take(rows)
+            references = None
+            if reference is not None:
+                with torch.no_grad(), reference.applied():
+                    references = self._outputs(part)
+
+            def emit(draw: int, evaluation: Evaluation, rows: Tensor = rows) -> None:
+                consume(Chunk(rows, torch.tensor([draw]), evaluation))
+
+            self._run(part, emit, references)
+
+    def _calls(self, trajectory: Trajectory) -> list[Tensor]:
+        """Rows of each call: those of one set of levels share a schedule."""
+        entries = trajectory.record["entry"]
+        _, kinds = entries.unique(dim=0, return_inverse=True)
+        most = torch.tensor(self.engine.options.replay_rows).expand(len(trajectory))
+        return list(self.engine.calls(trajectory.batch, most, kinds))
+
+    def _outputs(self, part: Trajectory) -> dict[int, Tensor]:
+        """The outputs of each draw under today's weights; (b, D)."""
+        return self._run(part, lambda draw, evaluation: None, None)
+
+    def _run(self, part: Trajectory, emit: Emit, references: Mapping[int, Tensor] | None) -> dict[int, Tensor]:
+        """One call of the pipeline for rows that share a schedule; -> the outputs of each draw, (b, D)."""
+        entries = part.record["entry"][0].tolist()
+        state = partial(noised, part, [self.levels[entry] for entry in entries])
+        return self.matched(part, [0, *entries], state, emit, references)
+
+    def matched(
+        self,
+        part: Trajectory,
+        taken: Sequence[int],
+        state: State,
+        emit: Emit,
+        references: Mapping[int, Tensor] | None = None,
+        steps: int | None = FINE,
+    ) -> dict[int, Tensor]:
+        """One call on the taken entries of a schedule of so many steps, the denoiser seeing the given states behind the first."""
+        engine, record = self.engine, part.record
+        matcher = Matcher(
+            engine.layout.denoisers, engine.memo, len(taken) - 1, engine.layout.parts, cleans(record), state,
+            engine.stub, emit, olds(record), references,
+        )  # fmt: skip
+        engine.run(
+            matcher, part.batch, changed=self.call(steps), reschedule=lambda scheduler: thinning.thin(scheduler, taken)
+        )
+        if len(matcher.outputs) != len(taken) - 1:
+            raise ValueError(
+                f"{type(engine.pipeline).__name__} evaluated {len(matcher.outputs)} of {len(taken) - 1} draws: its loop does not "
+                "follow its scheduler's timesteps; expected a pipeline that does, for policy.draws"
+            )
+        return matcher.outputs
+
+
+class Seen(Exception):  # noqa: N818 - ends a run on purpose
+    """Leaves a pipeline's call when its schedule is known."""
+
+
+def schedule(engine: Engine, prompt: Prompt, changed: Mapping[str, object]) -> list[Level]:
+    """The noise levels of the schedule that the pipeline sets; raises ValueError if it sets none."""
+    found: list[Level] = []
+
+    def note(scheduler: SchedulerMixin) -> None:
+        found.extend(thinning.levels(scheduler))
+        raise Seen
+
+    try:
+        engine.run(None, probe_batch([prompt], [0]), "single", changed=changed, reschedule=note)
+    except Seen:
+        return found
+    name = type(engine.pipeline).__name__
+    raise ValueError(f"{name} never sets its scheduler's timesteps; expected a pipeline that does, for policy.draws")
+
+
+def cleans(record: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The latents that samples end with, by part."""
+    return {int(name.split(".")[1]): value for name, value in record.items() if name.startswith("clean.")}
+
+
+def olds(record: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The outputs of the weights that sampled, by draw."""
+    return {int(name.split(".")[1]): value for name, value in record.items() if name.startswith("old.")}
+
+
+def noised(
+    part: Trajectory, levels: Sequence[Level], draw: int, piece: int, like: Tensor, frozen: Tensor | None
+) -> Tensor:
+    """The clean samples noised to the level of a draw, elements without noise left as they are; of the shape of `like`."""
+    record = part.record
+    draw = min(draw, len(levels) - 1)
+    clean = record[f"clean.{piece}"].to(like)
+    row_seeds = [seeds.derive(seed, piece) for seed in record["noise"][:, draw].tolist()]
+    shared = list(dict.fromkeys(row_seeds))
+    noise = seeds.normal(shared, clean.shape[1:])[[shared.index(seed) for seed in row_seeds]].to(like)
+    level = levels[draw]
+    state = (level.alpha.to(like) * clean + level.sigma.to(like) * noise).reshape(like.shape)
+    return state if frozen is None else torch.where(frozen, clean.reshape(like.shape), state)
