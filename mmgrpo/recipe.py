@@ -110,6 +110,16 @@ class Ema:
 
 @section
 @dataclass(frozen=True)
+class Behaviour:
+    """[behaviour] The policy that samples, old <- q old + (1 - q) today's after each iteration (DiffusionNFT)."""
+
+    lag: Share = 0.0  # the largest q; 0: today's weights sample
+    ramp: Positive | None = None  # by which q rises in each iteration, from 0; not set: q is the lag from the start
+    flat: Natural = 0  # iterations before q rises
+
+
+@section
+@dataclass(frozen=True)
 class Optimizer:
     """[optimizer] AdamW."""
 
@@ -172,6 +182,7 @@ class Recipe:
     method: str | None = None  # a name of mmgrpo/methods.toml, whose part lies under the sections above
     entropy: Entropy = Entropy()
     recall: Recall = Recall()
+    behaviour: Behaviour = Behaviour()
 
 
 OWN = ("name", "weight", "held_out_only")  # keys of a reward's table that are not options of its component
@@ -224,6 +235,7 @@ def _recipe(table: Table, where: str) -> Recipe:
         method=part("method", str) if "method" in table else None,
         entropy=part("entropy", Entropy),
         recall=part("recall", Recall),
+        behaviour=part("behaviour", Behaviour),
     )
 
 

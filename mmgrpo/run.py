@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmgrpo import aggregations, checkpoint, kl, packing, seeds
+from mmgrpo.behaviour import Behaviour
 from mmgrpo.comparing import Remembering
 from mmgrpo.data import load_prompts
 from mmgrpo.entropy import Adaptation, Band, Bonus
@@ -39,6 +40,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     reference: Reference
     average: Shadow | None
+    behaviour: Behaviour
     bonus: Bonus = Bonus(0.0)  # of the entropy
     watched: dict[str, Reward] = field(default_factory=dict)  # of the held-out samples alone
     kept: list[Kept] = field(default_factory=list)  # groups that may stand in for others
@@ -98,6 +100,7 @@ def start(recipe: Recipe) -> Run:
         optimizer=optimizer,
         reference=Reference(reference.kind, trainable, adapters_off=off, **decay),
         average=Shadow(trainable, torch.float32) if recipe.ema.decay else None,
+        behaviour=Behaviour(trainable, recipe.behaviour.lag, recipe.behaviour.ramp, recipe.behaviour.flat),
     )
 
 
@@ -149,6 +152,7 @@ def save(run: Run, folder: Path) -> Path:
         "policy": {name: parameter.detach() for name, parameter in run.policy.trainable().items()},
         "optimizer": optimizer.tensors,
         "reference": run.reference.tensors(),
+        "behaviour": run.behaviour.tensors(),
         "random": random.tensors,
     }
     if isinstance(run.compare, Remembering):
@@ -175,6 +179,7 @@ def restore(run: Run, path: Path) -> Run:
     load_weights(run.policy, tensors["policy"])
     packing.restore_optimizer(run.optimizer, packing.Packed(tensors["optimizer"], facts["optimizer"]))
     run.reference.load(tensors["reference"])
+    run.behaviour.load(tensors.get("behaviour", {}))
     if run.average is not None:
         run.average.load(tensors["average"])
     packing.restore_random_states(packing.Packed(tensors["random"], facts["random"]))

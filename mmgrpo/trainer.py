@@ -99,14 +99,17 @@ def guarded_iteration(run: Run, folder: Path) -> dict[str, float]:
 def iteration(run: Run) -> dict[str, float]:
     """One rollout, or several until enough groups differ inside, and the updates made from it; -> metrics."""
     phases = Stopwatch(run.device)
-    rolled = recalled(run, gather(run, phases))
-    with phases.measure("score"):
-        feedback = held_back(run, rolled)
-    advantage = run.compare(feedback)
+    with run.behaviour.applied():
+        rolled = recalled(run, gather(run, phases))
+        with phases.measure("score"):
+            feedback = held_back(run, rolled)
+        advantage = run.compare(feedback)
+        with phases.measure("update"):
+            store(run, rolled, advantage)
     with phases.measure("update"):
-        store(run, rolled, advantage)
         metrics = improve(run, rolled, advantage)
     run.reference.after_iteration()
+    run.behaviour.after_iteration(run.iteration)
     judged = {f"reward/{name}": value for name, value in diagnostics.reward_summary(rolled.judged).items()}
     compared = {f"advantage/{name}": value for name, value in advantage.metrics.items()}
     seconds = phases.take()
@@ -128,12 +131,15 @@ def improve(run: Run, rolled: Gathered, advantage: Advantage) -> dict[str, float
         weighed(run, trajectory, Judged(values, keep, imitate, reward), rows)
         for rows in minibatches(trajectory.group, options.updates)
     ]
-    later = parts if options.passes > 1 else parts[1:]  # evaluated again after the weights have changed
+    lags = run.behaviour.lags
+    later = parts if options.passes > 1 or lags else parts[1:]  # evaluated under other weights than those that sampled
     if later:
-        trajectory = anchored(run.policy, trajectory, [part.rows for part in later], rolled.past)
+        with run.behaviour.applied():
+            trajectory = anchored(run.policy, trajectory, [part.rows for part in later], rolled.past)
     seen: list[dict[str, float]] = []
     for part in parts * options.passes:
-        seen.append(update(run, trajectory, part, fresh=not seen and not rolled.past[part.rows].any()))
+        fresh = not seen and not lags and not rolled.past[part.rows].any()
+        seen.append(update(run, trajectory, part, fresh))
     return seen[-1] | {f"{name}/first": value for name, value in seen[0].items()}
 
 
