@@ -121,7 +121,7 @@ class Behaviour:
 @section
 @dataclass(frozen=True)
 class Optimizer:
-    """[optimizer] AdamW."""
+    """[optimizer] AdamW, and Muon on chosen matrices."""
 
     learning_rate: Positive
     betas: tuple[Share, Share] = (0.9, 0.999)  # decay of the first and second moment per update
@@ -130,6 +130,7 @@ class Optimizer:
     max_grad_norm: Positive = 1.0  # L2 norm over all trained parameters
     warmup: Natural = 0  # iterations of a linear rise from 0 to the learning rate
     decay: Literal["constant", "linear"] = "constant"  # of the learning rate, "linear" to a tenth at the end
+    muon: tuple[str, ...] = ()  # patterns of names such as "*blocks*": the trained 2-D weights that take Muon
 
 
 @section

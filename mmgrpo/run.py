@@ -15,6 +15,7 @@ from mmgrpo.comparing import Remembering
 from mmgrpo.data import load_prompts
 from mmgrpo.entropy import Adaptation, Band, Bonus
 from mmgrpo.improve import Loss
+from mmgrpo.optimizers import optimizer
 from mmgrpo.recall import Kept, packed, unpacked
 from mmgrpo.recipe import Loss as LossOptions
 from mmgrpo.recipe import Recipe, build
@@ -79,10 +80,6 @@ def start(recipe: Recipe) -> Run:
     held_out = load_prompts(evaluation.source, **evaluation.options) if evaluation.source else []
     policy.prepare([*prompts, *held_out])  # whose flaws are told now, not at the first evaluation
     trainable = policy.trainable()
-    options = recipe.optimizer
-    optimizer = torch.optim.AdamW(
-        trainable.values(), options.learning_rate, options.betas, options.eps, options.weight_decay, fused=True
-    )
     reference = recipe.reference
     decay = {} if reference.decay is None else {"decay": reference.decay}
     off = policy.adapters_off if reference.kind == "adapters_off" else None
@@ -97,7 +94,7 @@ def start(recipe: Recipe) -> Run:
         loss=built_loss(recipe),
         bonus=Bonus(recipe.loss.entropy_weight),
         aggregate=aggregation(recipe),
-        optimizer=optimizer,
+        optimizer=optimizer(trainable, recipe.optimizer),
         reference=Reference(reference.kind, trainable, adapters_off=off, **decay),
         average=Shadow(trainable, torch.float32) if recipe.ema.decay else None,
         behaviour=Behaviour(trainable, recipe.behaviour.lag, recipe.behaviour.ramp, recipe.behaviour.flat),
@@ -147,10 +144,10 @@ def aggregation(recipe: Recipe) -> Callable[..., Tensor]:
 
 def save(run: Run, folder: Path) -> Path:
     """Write a checkpoint of everything that the next iteration depends on, and the policy in its library's format."""
-    optimizer, random = packing.optimizer_state(run.optimizer), packing.random_states()
+    moments, random = packing.optimizer_state(run.optimizer), packing.random_states()
     tensors = {
         "policy": {name: parameter.detach() for name, parameter in run.policy.trainable().items()},
-        "optimizer": optimizer.tensors,
+        "optimizer": moments.tensors,
         "reference": run.reference.tensors(),
         "behaviour": run.behaviour.tensors(),
         "random": random.tensors,
@@ -162,7 +159,7 @@ def save(run: Run, folder: Path) -> Path:
     if adaptation(run.recipe) is not None:
         tensors["entropy"] = {"bonus": torch.tensor(run.bonus, dtype=torch.float64)}  # weight, last
     counters = {name: getattr(run, name) for name in COUNTERS}
-    facts = {"counters": counters, "optimizer": optimizer.facts, "random": random.facts}
+    facts = {"counters": counters, "optimizer": moments.facts, "random": random.facts}
     if run.recipe.recall.groups:
         tensors["recall"], facts["recall"] = packed(run.kept)
 

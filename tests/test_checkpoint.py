@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mmgrpo.checkpoint import latest, read, write
+from mmgrpo.optimizers import Joined
 from mmgrpo.packing import (
     Packed,
     optimizer_state,
@@ -236,6 +237,7 @@ OPTIMIZERS = {
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
     "Rprop": lambda p: torch.optim.Rprop(p),
+    "Muon and AdamW": lambda p: Joined([torch.optim.Muon(p[::2]), torch.optim.AdamW(p[1::2], fused=True)]),
 }
 
 

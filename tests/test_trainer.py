@@ -67,9 +67,11 @@ def lasting(folder: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    train(recipe(), tmp_path / "whole")
-    train(recipe("train.iterations=2"), tmp_path / "half")
+@pytest.mark.parametrize("muon", [[], ["*blocks*"]], ids=["AdamW", "Muon beside AdamW"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(muon, tmp_path):
+    named = f"optimizer.muon={muon}"
+    train(recipe(named), tmp_path / "whole")
+    train(recipe(named, "train.iterations=2"), tmp_path / "half")
     text = (tmp_path / "half" / "recipe.toml").read_text()
     (tmp_path / "half" / "recipe.toml").write_text(text.replace("iterations = 2", "iterations = 4"))
     resume(tmp_path / "half")
