@@ -22,6 +22,7 @@ from mmgrpo.types import Batch, Consumer, Finding, Prompt, Reference, Samples, T
 from pipelines import selftest, weights
 from pipelines.decisions import from_levels
 from pipelines.engine import Engine
+from pipelines.guides import Steering
 from pipelines.native import native
 from pipelines.options import Options
 from pipelines.schedulers import quiet, require_supported
@@ -71,6 +72,8 @@ class DiffusionPolicy:
         self.engine.discover(prompts[0], self.train)
         self.notes += weights.make_trainable(self.engine.modules(), self.lora, self.gradient_checkpointing)
         self.engine.measure(prompts[0])
+        if self.engine.options.guide is not None:
+            self.engine.options.guide.require_usable(self.engine.layout.steps, self.engine.layout.parts)
         self.notes += settle(self.engine, prompts)
 
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
@@ -132,6 +135,7 @@ def load(
     cache: Path | None = None,
     offload_trajectory: bool = False,
     decode: Decode = "whole",
+    guide: Steering | None = None,
 ) -> DiffusionPolicy:
     """A policy from a diffusers model.
 
@@ -145,7 +149,7 @@ def load(
     passed to the call. video: frames, start, stride, height and width of the videos that prompts bring. cache: folder in
     which encodings are kept between runs. offload_trajectory: between rollout and replay it is on the CPU. decode: all
     samples of a call at once, one at a time ("sliced"), or each in parts whose seams are blended ("tiled"; conditions are
-    encoded in parts too).
+    encoded in parts too). guide: what moves the stochastic steps of a rollout, such as pipelines.process_reward:guide.
     """
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")
@@ -166,6 +170,7 @@ def load(
         autocast=None if autocast is None else getattr(torch, autocast),
         video=video or Cut(),
         offload_trajectory=offload_trajectory,
+        guide=guide,
     )
     engine = Engine(loaded.to(place), options, f"{model}@{revision}, {dtype}, {autocast}, {decode}", cache)
     return DiffusionPolicy(engine, plan, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)

@@ -20,6 +20,7 @@ from mmgrpo import seeds
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Prompt, Reference, Samples, Trajectory
 from pipelines import arguments
 from pipelines.batching import Capture, DenoiserCall, doubled, joined, together
+from pipelines.guides import steered_steps
 from pipelines.listeners import Recorder, Replayer
 from pipelines.memo import Memo
 from pipelines.options import Layout, Options
@@ -120,9 +121,10 @@ class Engine:
     def _recorder(self, batch: Batch, planned: Tensor) -> Recorder:
         row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
         keep_outputs = self.stub.kind == "recorded"
+        steered = steered_steps(self.options.guide, batch.prompts, row_seeds, planned) if self.layout.steps else None
         return Recorder(
             self.layout.denoisers, self.memo, self.options.kernel, planned, row_seeds, keep_outputs,
-            self.options.offload_trajectory,
+            self.options.offload_trajectory, steered,
         )  # fmt: skip
 
     # -- replay -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from mmgrpo.transitions import Gaussian
 from mmgrpo.types import Evaluation
 from pipelines import structure
 from pipelines.decisions import Kernel, Part, Reduction, Transition, checksum, evaluate, from_levels, prediction
+from pipelines.guides import Steered
 from pipelines.memo import Memo
 from pipelines.schedulers import advance, state_dtype
 from pipelines.stubs import StandIn
@@ -35,6 +36,7 @@ class Recorder:
         row_seeds: Sequence[int],
         outputs: bool,
         offload: bool = False,
+        steered: Steered | None = None,
     ) -> None:
         self.denoisers = denoisers
         self.memo = memo
@@ -48,7 +50,8 @@ class Recorder:
         self.parts: dict[int, int] = defaultdict(int)  # group -> steps taken
         self.calls: dict[int, int] = defaultdict(int)  # group -> denoiser calls
         self.trained: set[int] = set()  # groups with a random element
-        self.record: dict[str, Tensor] = {}
+        self.steered = steered  # by a guide
+        self.record: dict[str, Tensor] = {} if steered is None else dict(steered.record)
 
     def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name not in self.denoisers:
@@ -67,9 +70,12 @@ class Recorder:
             raise ValueError(f"the pipeline took step {group + 1}; expected {len(self.planned)} as in its first run")
         sample, output = arguments["sample"], prediction(arguments).value
         taken = (self.kernel if self.planned[group] else from_levels(None))(scheduler, arguments)(output)
+        drawn = taken.gaussian
+        if self.steered is not None and self.planned[group]:
+            drawn = self.steered.step(group, scheduler, arguments, taken)
         advance(scheduler, arguments["timestep"])
         dtype = state_dtype(scheduler, sample, output)
-        return StepResult(lambda: self._draw(group, sample, output, taken.gaussian, dtype), taken.clean)
+        return StepResult(lambda: self._draw(group, sample, output, drawn, dtype), taken.clean)
 
     def _draw(self, group: int, sample: Tensor, output: Tensor, gaussian: Gaussian, dtype: torch.dtype) -> Tensor:
         part = self.parts[group]

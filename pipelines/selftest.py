@@ -14,6 +14,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from mmgrpo.types import Batch, Finding, Prompt, Trajectory
+from pipelines import guides
 from pipelines.engine import Engine, probe_batch
 from pipelines.first_order import NoFirstOrder, first_order
 from pipelines.replays import LENGTHS, STRAIGHT
@@ -31,6 +32,7 @@ def findings(engine: Engine, prompts: Sequence[Prompt]) -> list[Finding]:
         *gradients_are_true(engine, trajectory),
         noise_off_is_stock(engine, batch.take(torch.tensor([0]))),
         other_batch(engine, trajectory),
+        *guides.findings(trajectory),
     ]
 
 
