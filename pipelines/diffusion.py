@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mmgrpo.draws import Draws
+from mmgrpo.routes import Routes
 from mmgrpo.schedules import Plan
 from mmgrpo.toml import nearest
 from mmgrpo.transitions import Gaussian, Step
@@ -25,6 +26,7 @@ from pipelines import weights
 from pipelines.decisions import from_levels
 from pipelines.engine import Engine
 from pipelines.forward_process import ForwardProcess
+from pipelines.guides import Steering
 from pipelines.native import native
 from pipelines.options import Options
 from pipelines.processes import Process
@@ -44,15 +46,14 @@ class DiffusionPolicy:
 
     def __init__(
         self,
-        engine: Engine,
         process: Process,
         *,
         train: Sequence[str] = (),
         lora: Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        self.engine = engine
         self.process = process
+        self.engine = process.engine
         self.train = tuple(train)  # component names; empty means whatever predicts the steps
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
@@ -117,6 +118,7 @@ def load(
     call: Mapping[str, Any],
     sampler: Callable[[Step], Gaussian] | Literal["native"] | None = None,
     plan: Plan | None = None,
+    routes: Routes | None = None,
     draws: Draws | None = None,
     evaluation_call: Mapping[str, Any] | None = None,
     revision: str | None = None,
@@ -137,13 +139,14 @@ def load(
     cache: Path | None = None,
     offload_trajectory: bool = False,
     decode: Decode = "whole",
+    guide: Steering | None = None,
 ) -> DiffusionPolicy:
     """A policy from a diffusers model.
 
     model: folder or hub name; pipeline: a diffusers class, or "module:Class" of your own. call: arguments of the pipeline's own
     call (height, num_inference_steps, guidance_scale, ...); evaluation_call: those that held-out samples have instead. Decisions
-    are denoising steps, plan: which of them are stochastic; sampler: how, "native" for the scheduler's own noise; or, with
-    draws, clean samples noised again (`mmgrpo.draws.Draws`), sampled by the pipeline's own solver. dtype: of the weights, or of components by name with "default" for
+    are denoising steps, plan: which of them are stochastic, or routes: how the samples of a group go through the schedule; sampler:
+    how, "native" for the scheduler's own noise; or, with draws, clean samples noised again (`mmgrpo.draws.Draws`), sampled by the pipeline's own solver. dtype: of the weights, or of components by name with "default" for
     the others (a video VAE is often kept in float32). train: names of trained components, by default those
     that predict the steps. lora: rank, alpha and targets of adapters; without it the components are trained whole.
     reduction: over the latent elements of a decision. rollout_rows, replay_rows: samples in one call. replay_steps: steps
@@ -151,7 +154,7 @@ def load(
     passed to the call. video: frames, start, stride, height and width of the videos that prompts bring. cache: folder in
     which encodings are kept between runs. offload_trajectory: between rollout and replay it is on the CPU. decode: all
     samples of a call at once, one at a time ("sliced"), or each in parts whose seams are blended ("tiled"; conditions are
-    encoded in parts too).
+    encoded in parts too). guide: what moves the stochastic steps of a rollout, such as pipelines.process_reward:guide.
     """
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")
@@ -173,23 +176,27 @@ def load(
         autocast=None if autocast is None else getattr(torch, autocast),
         video=video or Cut(),
         offload_trajectory=offload_trajectory,
+        guide=guide,
     )
     engine = Engine(loaded.to(place), options, f"{model}@{revision}, {dtype}, {autocast}, {decode}", cache)
-    process = chosen_process(engine, sampler is not None, plan, draws)
-    return DiffusionPolicy(engine, process, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)
+    process = chosen_process(engine, sampler is not None, plan, routes, draws)
+    return DiffusionPolicy(process, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)
 
 
-def chosen_process(engine: Engine, sampled: bool, plan: Plan | None, draws: Draws | None) -> Process:
+def chosen_process(
+    engine: Engine, sampled: bool, plan: Plan | None, routes: Routes | None, draws: Draws | None
+) -> Process:
     """The process that the options name; raises ValueError unless they name one."""
-    if draws is not None and plan is None and not sampled:
+    if draws is not None and plan is None and routes is None and not sampled:
         return ForwardProcess(engine, draws)
-    if draws is None and plan is not None and sampled:
+    if draws is None and sampled and plan is not None and routes is None:
         return ReverseProcess(engine, plan)
-    named = {"sampler": sampled, "plan": plan is not None, "draws": draws is not None}
+    if draws is None and sampled and routes is not None and plan is None:
+        return ReverseProcess(engine, routes=routes)
+    named = {"sampler": sampled, "plan": plan, "routes": routes, "draws": draws}
     given = ", ".join(f"policy.{name}" for name, there in named.items() if there)
-    raise ValueError(
-        f"{given or 'none of them'} arrived; expected policy.sampler and policy.plan, or policy.draws alone"
-    )
+    wanted = "policy.sampler with policy.plan or policy.routes, or policy.draws alone"
+    raise ValueError(f"{given or 'none of them'} arrived; expected {wanted}")
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:

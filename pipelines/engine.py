@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from mmgrpo import seeds
+from mmgrpo.transitions import Level
 from mmgrpo.types import Batch, Prompt, Samples
-from pipelines import arguments
-from pipelines.listeners import Recorder
+from pipelines import arguments, thinning
+from pipelines.guides import steered_steps
+from pipelines.listeners import STRAIGHT_ON, Recorder, Way
 from pipelines.memo import Memo
 from pipelines.options import Layout, Options
 from pipelines.source_videos import given
@@ -70,13 +72,29 @@ class Engine:
         self.layout.steps = recorder.counter.group + 1
         self.layout.parts = dict(recorder.parts)
 
-    def recorder(self, batch: Batch, planned: Tensor) -> Recorder:
+    def schedule(self, prompt: Prompt, changed: Mapping[str, Any] | None = None) -> list[Level]:
+        """The noise levels of the schedule that the pipeline sets, its end included; raises ValueError if it sets none."""
+        found: list[Level] = []
+
+        def note(scheduler: SchedulerMixin) -> None:
+            found.extend(thinning.levels(scheduler))
+            raise thinning.Seen
+
+        try:
+            self.run(None, probe_batch([prompt], [0]), "single", changed, note)
+        except thinning.Seen:
+            return found
+        name = type(self.pipeline).__name__
+        raise ValueError(f"{name} never sets its scheduler's timesteps; expected a pipeline that does")
+
+    def recorder(self, batch: Batch, planned: Tensor, way: Way = STRAIGHT_ON) -> Recorder:
         """The listener of one call's rollout in which the planned steps, (S,) bool, are stochastic."""
         row_seeds = [seeds.derive(batch.seed, int(sample)) for sample in batch.sample]
         keep_outputs = self.stub.kind == "recorded"
+        steered = steered_steps(self.options.guide, batch.prompts, row_seeds, planned) if self.layout.steps else None
         return Recorder(
             self.layout.denoisers, self.memo, self.options.kernel, planned, row_seeds, keep_outputs,
-            self.options.offload_trajectory,
+            self.options.offload_trajectory, steered, way,
         )  # fmt: skip
 
     def modules(self) -> dict[str, nn.Module]:
@@ -105,7 +123,11 @@ class Engine:
     # -- samples ---------------------------------------------------------------------------------------------------
 
     def made(
-        self, batch: Batch, listen: Callable[[Batch], Recording], changed: Mapping[str, Any] | None = None
+        self,
+        batch: Batch,
+        listen: Callable[[Batch], Recording],
+        changed: Mapping[str, Any] | None = None,
+        reschedule: Change | None = None,
     ) -> tuple[dict[str, Tensor], Samples]:
         """The record and the samples of all rows, in order; `listen` makes the listener of each call."""
         record: dict[str, Tensor] = {}
@@ -113,7 +135,7 @@ class Engine:
         for rows in self.calls(batch, torch.tensor(self.options.rollout_rows).expand(len(batch))):
             part = batch.take(rows)
             listener = listen(part)
-            made = arguments.to_media(self.run(listener, part, changed=changed), len(rows))
+            made = arguments.to_media(self.run(listener, part, changed=changed, reschedule=reschedule), len(rows))
             seats = {"rows": torch.full_like(rows, len(rows)), "seat": torch.arange(len(rows))}
             arguments.fill(media, made, rows, len(batch))
             arguments.fill(record, dict(listener.record) | seats, rows, len(batch))

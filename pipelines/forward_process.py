@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -18,7 +17,7 @@ from mmgrpo.draws import Draws, noise_seeds, shares, which_set
 from mmgrpo.transitions import Level
 from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
 from pipelines import forward_check, thinning
-from pipelines.engine import Engine, probe_batch
+from pipelines.engine import Engine
 from pipelines.matching import Matcher, Sampling, State, Witness
 
 FINE = 1000  # steps of the schedule that levels are taken from
@@ -35,7 +34,7 @@ class ForwardProcess:
 
     def settle(self, prompts: Sequence[Prompt]) -> list[str]:
         """Choose the most economical call in which a draw is evaluated as the pipeline's own loop would; -> notes."""
-        self.levels = schedule(self.engine, prompts[0], self.call(FINE))
+        self.levels = self.engine.schedule(prompts[0], self.call(FINE))[:-1]
         return forward_check.settle(self, prompts)
 
     def findings(self, prompts: Sequence[Prompt]) -> list[Finding]:
@@ -159,26 +158,6 @@ class ForwardProcess:
                 "follow its scheduler's timesteps; expected a pipeline that does, for policy.draws"
             )
         return matcher.outputs
-
-
-class Seen(Exception):  # noqa: N818 - ends a run on purpose
-    """Leaves a pipeline's call when its schedule is known."""
-
-
-def schedule(engine: Engine, prompt: Prompt, changed: Mapping[str, object]) -> list[Level]:
-    """The noise levels of the schedule that the pipeline sets; raises ValueError if it sets none."""
-    found: list[Level] = []
-
-    def note(scheduler: SchedulerMixin) -> None:
-        found.extend(thinning.levels(scheduler))
-        raise Seen
-
-    try:
-        engine.run(None, probe_batch([prompt], [0]), "single", changed=changed, reschedule=note)
-    except Seen:
-        return found
-    name = type(engine.pipeline).__name__
-    raise ValueError(f"{name} never sets its scheduler's timesteps; expected a pipeline that does, for policy.draws")
 
 
 def cleans(record: Mapping[str, Tensor]) -> dict[int, Tensor]:

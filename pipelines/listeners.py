@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +11,23 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from mmgrpo import seeds
+from mmgrpo.multistep import Before, dpm_solver_2m
 from mmgrpo.transitions import Gaussian
 from mmgrpo.types import Evaluation
 from pipelines import structure
-from pipelines.decisions import Kernel, Part, Reduction, Transition, checksum, evaluate, from_levels, prediction
+from pipelines.decisions import (
+    Kernel,
+    Part,
+    Reduction,
+    Sampler,
+    Transition,
+    checksum,
+    evaluate,
+    from_levels,
+    levels_of,
+    prediction,
+)
+from pipelines.guides import Steered
 from pipelines.memo import Memo
 from pipelines.schedulers import advance, state_dtype
 from pipelines.stubs import StandIn
@@ -21,6 +36,20 @@ from pipelines.tape import Call, Counter, StepResult, Stop
 
 class ReplayMismatch(RuntimeError):
     """A replay met another state than its rollout; training on it would be wrong."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """What of a rollout is not step by step from the start, first-order, to the end."""
+
+    begin: int = 0  # group with which the rows begin: what is before it was computed elsewhere
+    states: Mapping[str, Tensor] = field(default_factory=dict)  # of the rows before it, "next.GROUP.PART": (b, ...)
+    stub: StandIn | None = None  # answers for denoisers before it
+    end: int | None = None  # group before which to stop
+    fast_from: int | None = None  # group from which deterministic steps are of second order
+
+
+STRAIGHT_ON = Way()
 
 
 class Recorder:
@@ -35,6 +64,8 @@ class Recorder:
         row_seeds: Sequence[int],
         outputs: bool,
         offload: bool = False,
+        steered: Steered | None = None,
+        way: Way = STRAIGHT_ON,
     ) -> None:
         self.denoisers = denoisers
         self.memo = memo
@@ -48,12 +79,19 @@ class Recorder:
         self.parts: dict[int, int] = defaultdict(int)  # group -> steps taken
         self.calls: dict[int, int] = defaultdict(int)  # group -> denoiser calls
         self.trained: set[int] = set()  # groups with a random element
-        self.record: dict[str, Tensor] = {}
+        self.steered = steered  # by a guide
+        self.way = way
+        self.before: dict[int, Before] = {}  # part -> what the step before it predicted
+        self.record: dict[str, Tensor] = {} if steered is None else dict(steered.record)
 
     def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name not in self.denoisers:
             return set_up_call(self.memo, self.counter, name, forward, args, kwargs)
         group = self.counter.called()
+        if group == self.way.end:
+            raise Stop
+        if group < self.way.begin and self.way.stub is not None:
+            return self.way.stub(name, forward, args, kwargs, {}, "")
         output = forward(*args, **kwargs)
         if self.outputs:
             for place, tensor in enumerate(structure.tensors(output)):
@@ -66,10 +104,34 @@ class Recorder:
         if group >= len(self.planned):
             raise ValueError(f"the pipeline took step {group + 1}; expected {len(self.planned)} as in its first run")
         sample, output = arguments["sample"], prediction(arguments).value
-        taken = (self.kernel if self.planned[group] else from_levels(None))(scheduler, arguments)(output)
+        if group < self.way.begin:
+            advance(scheduler, arguments["timestep"])
+            return StepResult(lambda: self._given(group, sample), sample)
+        kernel = self.kernel if self.planned[group] else from_levels(self._deterministic(group))
+        taken = kernel(scheduler, arguments)(output)
+        if self.way.fast_from is not None:
+            self.before[self.parts[group]] = Before(taken.clean, levels_of(scheduler, arguments).now)
+        drawn = taken.gaussian
+        if self.steered is not None and self.planned[group]:
+            drawn = self.steered.step(group, scheduler, arguments, taken)
         advance(scheduler, arguments["timestep"])
         dtype = state_dtype(scheduler, sample, output)
-        return StepResult(lambda: self._draw(group, sample, output, taken.gaussian, dtype), taken.clean)
+        return StepResult(lambda: self._draw(group, sample, output, drawn, dtype), taken.clean)
+
+    def _deterministic(self, group: int) -> Sampler | None:
+        """How a step that is not planned is taken; None: of first order."""
+        fast = self.way.fast_from is not None and group >= self.way.fast_from
+        return partial(dpm_solver_2m, before=self.before.get(self.parts[group])) if fast else None
+
+    def _given(self, group: int, sample: Tensor) -> Tensor:
+        """The state after a step that was computed elsewhere, or any before the last such step."""
+        name = f"next.{group}.{self.parts[group]}"
+        self.parts[group] += 1
+        if group < self.way.begin - 1:
+            return sample.detach()
+        state = self.way.states[name].reshape(sample.shape).to(sample.device)
+        self._keep(name, state)
+        return state
 
     def _draw(self, group: int, sample: Tensor, output: Tensor, gaussian: Gaussian, dtype: torch.dtype) -> Tensor:
         part = self.parts[group]

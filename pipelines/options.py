@@ -8,6 +8,7 @@ import torch
 
 from pipelines import arguments
 from pipelines.decisions import Kernel
+from pipelines.guides import Steering
 from pipelines.source_videos import Cut
 
 
@@ -27,6 +28,7 @@ class Options:
     autocast: torch.dtype | None = None
     video: Cut = field(default_factory=Cut)  # what is used of the videos that prompts bring
     offload_trajectory: bool = False  # it waits on the CPU for its replay
+    guide: Steering | None = None  # moves the stochastic steps of a rollout
 
 
 @dataclass

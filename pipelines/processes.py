@@ -6,10 +6,13 @@ from typing import Protocol
 from torch import Tensor
 
 from mmgrpo.types import Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
+from pipelines.engine import Engine
 
 
 class Process(Protocol):
     """The reverse process, whose denoising steps are decisions, or the forward one, whose draws are."""
+
+    engine: Engine
 
     def settle(self, prompts: Sequence[Prompt]) -> list[str]:
         """Find a way to evaluate the pipeline exactly as it sampled; -> notes; raises ValueError if there is none."""

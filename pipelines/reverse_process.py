@@ -10,25 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmgrpo.schedules import Plan
+from mmgrpo.routes import Route, Routes
+from mmgrpo.schedules import Plan, all_but_last
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
 from pipelines import selftest
 from pipelines.batching import Capture, DenoiserCall, doubled, joined, together
 from pipelines.engine import MOST, Engine, autocast
 from pipelines.listeners import Replayer
 from pipelines.settle import settle
+from pipelines.travel import schedule_shares, thinned, travelled, ways_of
 
 
 class ReverseProcess:
     """The denoising steps of a pipeline under a sampler."""
 
-    def __init__(self, engine: Engine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, plan: Plan = all_but_last, routes: Routes | None = None) -> None:
         self.engine = engine
-        self.plan = plan
+        self.plan = plan  # all samples take all steps
+        self.routes = routes  # in its place: samples of a group go different ways
+        self.shares = torch.ones(0)  # of noise, at the levels of the schedule and at its end, for routes; (S + 1,)
 
     def settle(self, prompts: Sequence[Prompt]) -> list[str]:
         """Find the most economical exact replay; -> notes; raises ValueError with what differed and at which step."""
-        return settle(self, prompts)
+        guide, layout = self.engine.options.guide, self.engine.layout
+        if guide is not None:
+            guide.require_usable(layout.steps, layout.parts)
+        notes = settle(self, prompts)
+        if self.routes is not None:
+            self.shares = schedule_shares(self.engine, prompts[0])
+            notes.append(f"routes through levels {', '.join(f'{float(share):.3f}' for share in self.shares)}")
+        return notes
 
     def findings(self, prompts: Sequence[Prompt]) -> list[Finding]:
         """The four parts of the self-test, in this policy's dtype, guidance and batch shape."""
@@ -40,18 +51,16 @@ class ReverseProcess:
 
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One sample per row; each row depends on the run's seed, its sample id and its prompt alone."""
-        return self.walked(batch, self.plan(self.engine.layout.steps, batch.iteration, batch.seed))
+        engine = self.engine
+        if self.routes is None:
+            return self.walked(batch, self.plan(engine.layout.steps, batch.iteration, batch.seed))
+        return travelled(self, batch, self.routes(self.shares, batch.iteration, batch.seed))
 
     @torch.no_grad()
     def walked(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
         """One sample per row, and its decisions; the planned steps, (S,) bool, are stochastic and trained."""
-        record, samples = self.engine.made(batch, lambda part: self.engine.recorder(part, planned))
-        trained = [f"output.{step}.0" in record for step in range(self.engine.layout.steps)]
-        mask = torch.tensor(trained).expand(len(batch), -1).clone()
-        trajectory = Trajectory(batch, mask, torch.zeros_like(mask, dtype=torch.int64), record)
-        if self.engine.layout.anchored or int(record["rows"].max()) > self.engine.options.replay_rows:
-            trajectory, self.engine.layout.rounding = self.rounded(trajectory)
-        return trajectory, samples
+        taken, trained = range(self.engine.layout.steps), planned.nonzero().flatten().tolist()
+        return travelled(self, batch, (Route(tuple(taken), tuple(trained)),))
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> Samples:
@@ -81,13 +90,11 @@ class ReverseProcess:
 
     def _recorded_calls(self, trajectory: Trajectory) -> Iterator[Tensor]:
         """Rows of each call; where seats matter, no two rows of a call have the same."""
-        record = trajectory.record
+        record, ways = trajectory.record, ways_of(trajectory)
         if not self.engine.layout.seated:
-            yield from self.engine.calls(trajectory.batch, record["rows"])
+            yield from self.engine.calls(trajectory.batch, record["rows"], ways)
             return
-        for rows in self.engine.calls(
-            trajectory.batch, torch.full_like(record["rows"], len(trajectory)), record["rows"]
-        ):
+        for rows in self.engine.calls(trajectory.batch, torch.full_like(record["rows"], len(trajectory)), ways):
             waiting = rows
             while len(waiting):
                 firsts = [
@@ -145,7 +152,7 @@ class ReverseProcess:
             self.engine.layout.denoisers, self.engine.memo, self.engine.options.kernel, part.record, steps, self.engine.layout.parts,
             self.engine.options.reduction, self.engine.stub, emit, references, supply,
         )  # fmt: skip
-        self.engine.run(replayer, part.batch)
+        self.engine.run(replayer, part.batch, reschedule=thinned(part))
         return replayer.outputs
 
     def _captured(self, part: Trajectory, steps: Sequence[int]) -> dict[str, DenoiserCall]:
@@ -156,7 +163,7 @@ class ReverseProcess:
             self.engine.options.reduction, capture, lambda step, evaluation: None, last=max(steps),
         )  # fmt: skip
         with torch.no_grad():
-            self.engine.run(replayer, part.batch)
+            self.engine.run(replayer, part.batch, reschedule=thinned(part))
         return capture.calls
 
     @torch.no_grad()
@@ -178,9 +185,8 @@ class ReverseProcess:
         changed = (*(name for name in trajectory.record if name.startswith("output.")), "rows", "seat")
         record = {**trajectory.record, **{name: trajectory.record[name].clone() for name in changed}}
         noise: list[Tensor] = []
-        for rows in self.engine.calls(
-            trajectory.batch, torch.tensor(self.engine.options.replay_rows).expand(len(trajectory))
-        ):
+        most = torch.tensor(self.engine.options.replay_rows).expand(len(trajectory))
+        for rows in self.engine.calls(trajectory.batch, most, ways_of(trajectory, sizes=False)):
             outputs = self._replay_rows(
                 trajectory.take(rows), lambda steps, evaluation: noise.append(evaluation.log_ratio.abs().mean())
             )

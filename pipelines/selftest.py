@@ -14,6 +14,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from mmgrpo.types import Batch, Finding, Prompt, Trajectory
+from pipelines import guides
 from pipelines.engine import probe_batch
 from pipelines.first_order import NoFirstOrder, first_order
 from pipelines.replays import LENGTHS, STRAIGHT
@@ -34,6 +35,7 @@ def findings(process: "ReverseProcess", prompts: Sequence[Prompt]) -> list[Findi
         *gradients_are_true(process, trajectory),
         noise_off_is_stock(process, batch.take(torch.tensor([0]))),
         other_batch(process, trajectory),
+        *guides.findings(trajectory),
     ]
 
 

@@ -42,11 +42,14 @@ def thin(scheduler: SchedulerMixin, taken: Sequence[int]) -> None:
 
 
 def levels(scheduler: SchedulerMixin) -> list[Level]:
-    """The noise levels at which the steps of a schedule begin; N of them, float64 scalars."""
+    """The noise levels at which the steps of a schedule begin, and the one at which the last ends; N + 1, float64 scalars."""
     indexed = isinstance(scheduler, schedulers.INDEXED)
-    return [
-        read(scheduler, timestep, place if indexed else None).now for place, timestep in enumerate(scheduler.timesteps)
-    ]
+    steps = [read(scheduler, time, place if indexed else None) for place, time in enumerate(scheduler.timesteps)]
+    return [*(step.now for step in steps), steps[-1].next]
+
+
+class Seen(Exception):  # noqa: N818 - ends a run on purpose
+    """Leaves a pipeline's call when its schedule is known."""
 
 
 def noise_share(level: Level) -> Tensor:

@@ -6,7 +6,6 @@ from tiny_pipelines import ADDITIONAL, REQUIRED
 from tiny_pipelines.policy import NAMED, batch_of, policy_of, prompts_of
 
 from mmgrpo.improve import evaluate
-from mmgrpo.schedules import all_but_last
 from mmgrpo.shadow import Reference
 from mmgrpo.transitions import cps, ddim, flow_sde
 from pipelines.decisions import from_levels
@@ -14,6 +13,7 @@ from pipelines.diffusion import DiffusionPolicy
 from pipelines.engine import Engine
 from pipelines.listeners import ReplayMismatch
 from pipelines.options import Options
+from pipelines.reverse_process import ReverseProcess
 
 SLOW_BUT_ONE = pytest.mark.parametrize(
     "tiny",
@@ -153,7 +153,7 @@ def test_dropout_in_a_freshly_built_module_does_not_reach_the_ratio(tmp_path):
             module.p = 0.5
     pipeline.unet.train()
     call = {name: value for name, value in tiny.call.items() if name != "output_type"}
-    policy = DiffusionPolicy(Engine(pipeline, Options(call, from_levels(ddim), rollout_rows=2)), all_but_last)
+    policy = DiffusionPolicy(ReverseProcess(Engine(pipeline, Options(call, from_levels(ddim), rollout_rows=2))))
     prompts, _ = prompts_of(tiny, tmp_path)
     policy.prepare(prompts)
     trajectory, _ = policy.rollout(batch_of(prompts))
@@ -176,7 +176,7 @@ def test_a_wrong_call_argument_is_refused_with_the_nearest_name():
 
 def test_guidance_that_remembers_earlier_steps_is_replayed_at_a_late_step_alone(tmp_path):
     policy, prompts = policy_of(NAMED["HunyuanImage"], tmp_path)
-    policy.plan = lambda steps, iteration, seed: torch.arange(steps) == steps - 2
+    policy.process.plan = lambda steps, iteration, seed: torch.arange(steps) == steps - 2
     trajectory, _ = policy.rollout(batch_of(prompts))
     assert trajectory.mask.sum(1).tolist() == [1] * 6
     assert evaluate(policy, trajectory).log_ratio.abs().max() == 0

@@ -40,7 +40,7 @@ def test_a_trajectory_that_waits_on_the_cpu_has_the_same_bits_and_replays_exactl
 
 def test_untrained_steps_leave_nothing_in_the_record_and_states_are_in_the_samplers_dtype(tmp_path):
     policy, prompts = policy_of(NAMED["Wan"], tmp_path, dtype=torch.bfloat16)
-    policy.plan = window
+    policy.process.plan = window
     trajectory, _ = policy.rollout(batch_of(prompts))
     kept = {name: tensor.dtype for name, tensor in trajectory.record.items() if tensor.is_floating_point()}
     assert kept == {  # Wan keeps its latents in float32; its transformer answers in its own dtype

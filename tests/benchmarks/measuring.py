@@ -27,7 +27,6 @@ from mmgrpo.improve import Loss
 from mmgrpo.journal import peak_memory
 from mmgrpo.objectives import clipped
 from mmgrpo.run import Run
-from mmgrpo.schedules import all_but_last
 from mmgrpo.shadow import Reference
 from mmgrpo.transitions import flow_sde
 from mmgrpo.types import Batch, Prompt, Trajectory
@@ -35,6 +34,7 @@ from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.engine import Engine
 from pipelines.options import Options
+from pipelines.reverse_process import ReverseProcess
 
 ADAPTERS = {"rank": 32, "alpha": 64}  # of Flow-GRPO's Stable Diffusion 3.5, as in the recipe sd35_medium_ocr
 HEADS = {"patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "qk_norm": "rms_norm"}
@@ -106,7 +106,7 @@ def built(size: str, device: str, *, decisions: int = 0, rows: int = 0, replay_s
     ).to(place, chosen.dtype)  # fmt: skip
     shapes = {"rollout_rows": chosen.rows, "replay_rows": chosen.rows, "replay_steps": replay_steps}
     engine = Engine(pipeline, Options(call_of(chosen), from_levels(flow_sde), **shapes))
-    policy = DiffusionPolicy(engine, all_but_last, lora=chosen.lora)
+    policy = DiffusionPolicy(ReverseProcess(engine), lora=chosen.lora)
     prompts = [prompt(number, chosen, place) for number in range(2)]
     policy.prepare(prompts)
     return Bench(policy, prompts, chosen, place)

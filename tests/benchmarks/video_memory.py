@@ -23,6 +23,7 @@ from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.engine import Engine
 from pipelines.options import Options
+from pipelines.reverse_process import ReverseProcess
 
 from .measuring import Bench, Size, group, options, report, started, update
 from .update_memory import peak_on_cpu, peak_on_cuda
@@ -72,9 +73,8 @@ def built(name: str, device: str, offload: bool) -> Bench:
         text_encoder=None, tokenizer=None,
     ).to(place, size.dtype)  # fmt: skip
     shapes = {"rollout_rows": size.rows, "replay_rows": size.rows, "offload_trajectory": offload}
-    policy = DiffusionPolicy(
-        Engine(pipeline, Options(call_of(size, frames, 4), from_levels(flow_sde), **shapes)), TRAINED
-    )
+    engine = Engine(pipeline, Options(call_of(size, frames, 4), from_levels(flow_sde), **shapes))
+    policy = DiffusionPolicy(ReverseProcess(engine, TRAINED))
     embedding = torch.randn(size.words, HEADS["text_dim"], device=place, dtype=size.dtype)
     prompts = [Prompt(0, "", inputs={"prompt_embeds": embedding})]
     policy.prepare(prompts)
@@ -98,7 +98,7 @@ def measured(bench: Bench, run: Run, samples: int, frames: int, steps: int, plan
     engine = bench.policy.engine
     engine.options = replace(engine.options, call=call_of(bench.size, frames, steps))
     engine.measure(bench.prompts[0])
-    bench.policy.plan = plan
+    bench.policy.process.plan = plan
     stored: list[int] = []
     peak = peak_on_cuda if bench.device.type == "cuda" else peak_on_cpu
     found = peak(lambda: stored.append(step(bench, run, samples)))

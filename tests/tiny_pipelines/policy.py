@@ -8,13 +8,13 @@ from PIL import Image
 from torch import Tensor
 
 from mmgrpo.data import requests
-from mmgrpo.schedules import all_but_last
 from mmgrpo.transitions import ddim
 from mmgrpo.types import Batch, Prompt
 from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.engine import Engine
 from pipelines.options import Options
+from pipelines.reverse_process import ReverseProcess
 
 from . import TINY_PIPELINES, TinyPipeline
 
@@ -66,7 +66,7 @@ def policy_of(
     shapes["replay_steps"] = options.pop("replay_steps", 1)
     shapes["offload_trajectory"] = options.pop("offload_trajectory", False)
     engine = Engine(pipeline, Options(call, kernel, columns=columns, **shapes))
-    policy = DiffusionPolicy(engine, all_but_last, **options)
+    policy = DiffusionPolicy(ReverseProcess(engine), **options)
     policy.prepare(prompts)
     return policy, prompts
 
