@@ -95,7 +95,7 @@ def objective_pulls(run: Run, trajectory: Trajectory) -> list[Finding]:
     norm = torch.stack([value.norm() for value in found]).norm() if found else torch.zeros(())
     for value in run.policy.trainable().values():
         value.grad = None
-    missing = [name for name in run.loss.needs if name not in {*measured.values, *TOLD}]
+    missing = [name for name in run.loss.needs if name not in {*measured.found, *TOLD}]
     worst = float(torch.where(trajectory.mask, measured.values["log_ratio"], 0).abs().max())
     return [
         Finding(not missing, "objective", f"lacks {missing}" if missing else "has every field that it needs"),

@@ -67,7 +67,7 @@ def in_recall(recipe: "Recipe") -> Problems:
 def in_loss(recipe: "Recipe", where: str) -> Problems:
     """What is wrong with the terms of the loss and the reference."""
     loss, reference = recipe.loss, recipe.reference
-    asks = recipe.train.stage == "align" and "to_reference" in facts(build(recipe.objective, where + "objective")).needs
+    asks = recipe.train.stage == "align" and facts(build(recipe.objective, where + "objective")).refers
     refers = asks or loss.kl_weight > 0 or loss.kl_in_reward > 0
     return {
         "loss.length": (loss.aggregation == "constant") != (loss.length is not None)

@@ -21,6 +21,11 @@ class Facts(NamedTuple):
     couples: Reach = "decision"  # what it must see together
     every: bool = False  # samples of advantage 0 matter: they are pulled on, or counted for others
 
+    @property
+    def refers(self) -> bool:
+        """Whether a reference is asked for."""
+        return not {"to_reference", "reference_error"}.isdisjoint(self.needs)
+
 
 @runtime_checkable
 class Compound(Protocol):

@@ -54,7 +54,7 @@ class Loss:
     @property
     def refers(self) -> bool:
         """Whether a reference is asked for."""
-        return self.kl_weight > 0 or "to_reference" in self.needs
+        return self.kl_weight > 0 or facts(self.objective).refers
 
     @property
     def every(self) -> bool:
@@ -109,9 +109,11 @@ class Measured:
     loss: float = 0.0
     values: dict[str, Tensor] = field(default_factory=dict)  # fields of the evaluation, by name
     slope: Tensor | None = None  # d loss / d log_ratio
+    found: set[str] = field(default_factory=set)  # fields that the policy evaluated, whole outputs too
 
     def note(self, shape: torch.Size, chunk: Chunk, loss: Tensor, slope: Tensor | None) -> None:
         self.loss += float(loss)
+        self.found |= chunk.evaluation.tensors().keys()
         for name, value in small(chunk.evaluation).items():
             whole = self.values.setdefault(name, torch.full(shape, torch.nan))
             whole[chunk.rows.unsqueeze(1), chunk.steps] = value.detach().float().cpu()

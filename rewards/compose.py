@@ -100,6 +100,26 @@ def guarded(
     return score
 
 
+def corrected(*, reward: Reward, quality: Reward, middle: float = 3.0, shift: float = 0.2) -> Reward:
+    """reward * (quality - middle) + shift: GDRO's corrected score (arXiv 2601.02036), a monitor of reward hacking.
+
+    It falls where a reward rises at the cost of quality, so it is for weight 0. The quality is the mean of its components; the
+    source's is UnifiedReward's alignment, coherence and style, about 1 to 5. Shape: the reward's. NaN where either has no
+    opinion.
+    """
+
+    def score(samples: Samples) -> Tensor | Mapping[str, Tensor]:
+        values = reward(samples)
+        rated = torch.stack(list(components("quality", quality(samples), len(samples)).values())).mean(0)
+
+        def held(value: Tensor) -> Tensor:
+            return value * (rated.to(value) - middle) + shift
+
+        return held(values) if isinstance(values, Tensor) else {name: held(value) for name, value in values.items()}
+
+    return score
+
+
 def passed(samples: Samples, guards: Mapping[str, Reward], least: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """Whether every guard is content, and whether one has no opinion; (B,) bool each."""
     found = {name: components(name, reward(samples), len(samples)) for name, reward in guards.items()}

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmgrpo import contrasts, denoising, objectives, off_policy
+from mmgrpo import contrasts, denoising, group_matching, matching, objectives, off_policy
 from mmgrpo.aggregations import Aggregation, constant, seq_mean, token_mean
 from mmgrpo.objectives import Objective, clipped, reinforce
 from mmgrpo.types import Evaluation
@@ -53,19 +53,41 @@ OBJECTIVES: dict[str, Objective] = {
     "dno": contrasts.dno,
     "dno, hard": contrasts.dno_hard,
     "regressed": contrasts.regressed,
+    "nft": matching.nft,
+    "nft, weak": partial(matching.nft, strength=0.1),
+    "nft, plain": matching.nft_plain,
+    "advantage weighted": matching.advantage_weighted,
+    "advantage weighted by time": partial(matching.advantage_weighted, weighting=matching.by_time),
+    "awm tuned": matching.awm_tuned,
+    "dgpo": group_matching.dgpo,
+    "dgpo, exact": partial(group_matching.dgpo, exact=True),
+    "dgpo against the old": partial(group_matching.dgpo, against=group_matching.of_old, clip=None),
+    "gdro": group_matching.gdro,
+    "gdro, top": partial(group_matching.gdro, top=True),
     "corrected": sampler_corrected(objective=clipped),
     "top entropy": top_entropy(objective=clipped, share=1.0),  # a smaller share is tested on its own
     "without stale": without_stale(objective=clipped),
     "by kind": by_kind(),
 }
-BY_REWARD = {"disco", "disco of ratios", "disco, basic", "dno", "dno, hard"}  # the advantages are not read
-PULLED = {*BY_REWARD, "regressed", "opmd, Kimi's", "asymre"}  # where the advantage is 0 too
+BY_REWARD = {
+    "disco",
+    "disco of ratios",
+    "disco, basic",
+    "dno",
+    "dno, hard",
+    "gdro",
+    "gdro, top",
+}  # no advantage is read
+NFT = {"nft", "nft, weak", "nft, plain"}
+PULLED = {*BY_REWARD, *NFT, "awm tuned", "regressed", "opmd, Kimi's", "asymre"}  # where the advantage is 0 too
+DGPO = {"dgpo", "dgpo, exact", "dgpo against the old"}
 COUNTED = {
+    *DGPO,
     "elastic",
     "top entropy",
     "entropy clipped",
 }  # a sample of advantage 0 is not pulled on, but counts for the others
-NOT_LINEAR = {*PULLED, "elastic", "red weight"}  # in the advantages
+NOT_LINEAR = {*PULLED, *DGPO, "elastic", "red weight"}  # in the advantages
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "seq_mean": seq_mean,
@@ -86,18 +108,37 @@ def drawn(rows: int, steps: int, seed: int = 0, scale: float = 0.3) -> tuple[Ten
 def evaluation(log_ratio: Tensor) -> Evaluation:
     """Decisions that have every field, with the given log-ratios; groups of three samples, the first of each right."""
     generator = torch.Generator().manual_seed(3)
-    drift, std, dt = (torch.rand(log_ratio.shape, generator=generator, dtype=F64) + 0.1 for _ in range(3))
+    still, std, dt = (torch.rand(log_ratio.shape, generator=generator, dtype=F64) + 0.1 for _ in range(3))
     row = torch.arange(len(log_ratio)).unsqueeze(1).expand(log_ratio.shape)
     return Evaluation(
-        log_ratio,
-        to_reference=log_ratio + 0.1 * drift,
-        log_prob=log_ratio - drift,
-        drift=1e-3 * drift,
+        **moving(log_ratio, still),
+        old_error=2 + still,
+        reference_error=2.01 + 0.98 * still,
+        clean_scale=std,
+        old_prediction=outputs(still, 1, -1),
+        target=outputs(still, 0.3, 0.2),
         step_std=std,
         dt=dt,
         sampler_gap=torch.zeros(log_ratio.shape, dtype=F64),  # a sampler with the replay's own kernels
-        entropy=drift.clone(),
+        entropy=still,
         kind=torch.arange(log_ratio.shape[1]).expand(log_ratio.shape) % 2,
         group=row // 3,
         reward=(row % 3 == 0).to(F64),
     )
+
+
+def moving(log_ratio: Tensor, still: Tensor) -> dict[str, Tensor]:
+    """The fields that move with the log-ratio, linearly, each from a start of its own; (B, S), the outputs (B, S, 2)."""
+    return {
+        "log_ratio": log_ratio,
+        "to_reference": log_ratio + 0.1 * still,
+        "log_prob": log_ratio - still,
+        "drift": 1e-3 * still + 1e-4 * log_ratio,
+        "error": 2 + still - log_ratio,
+        "prediction": outputs(still, 1, -1) + outputs(log_ratio, 0.5, -1),
+    }
+
+
+def outputs(values: Tensor, *direction: float) -> Tensor:
+    """The values along a direction of the output, (B, S) -> (B, S, D)."""
+    return values.unsqueeze(2) * torch.tensor(direction, dtype=F64)

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from every_objective import AGGREGATIONS, BY_REWARD, COUNTED, F64, NOT_LINEAR, OBJECTIVES, PULLED, drawn, evaluation
+from every_objective import (
+    AGGREGATIONS,
+    BY_REWARD,
+    COUNTED,
+    F64,
+    NOT_LINEAR,
+    OBJECTIVES,
+    PULLED,
+    drawn,
+    evaluation,
+    moving,
+    outputs,
+)
 from torch import Tensor
 
 from mmgrpo.aggregations import Aggregation, denominator, seq_mean, weighted_sum
@@ -25,6 +37,21 @@ def mixed(share: Tensor) -> Tensor:
     return share + (1 - share).mean(1, keepdim=True)
 
 
+def towards_target(here: Evaluation, by_distance: bool) -> Tensor:
+    """d mean_d (output - target)^2 / d log_ratio, also in the space of clean samples over the mean distance there; (B, S)."""
+    assert here.prediction is not None and here.target is not None and here.clean_scale is not None
+    away = here.prediction - here.target
+    slope = (2 * away * outputs(torch.ones_like(here.log_ratio), 0.5, -1)).mean(2)
+    return (here.clean_scale * slope / away.abs().mean(2) if by_distance else slope).detach()
+
+
+def preferred(here: Evaluation, advantages: Tensor, name: str = "reference_error") -> Tensor:
+    """sigmoid of 100 / 3 times the sum of A * (error - other error) over the three samples of a group; (B, S)."""
+    assert here.error is not None
+    gained = advantages * (here.error - here.tensors()[name]).detach()
+    return (100 / 3 * gained.unflatten(0, (-1, 3)).sum(1)).sigmoid().repeat_interleave(3, 0)
+
+
 ON_POLICY: dict[str, Callable[[Evaluation, Tensor], Tensor]] = {  # d loss / d log_ratio where it is another than -A
     "guarded": lambda here, advantages: -advantages * here.step_std / here.dt,
     "guarded, not by dt": lambda here, advantages: -advantages * here.step_std,
@@ -34,6 +61,14 @@ ON_POLICY: dict[str, Callable[[Evaluation, Tensor], Tensor]] = {  # d loss / d l
     "rloo": lambda here, advantages: -advantages * advantages.shape[1],  # times decisions, for `seq_mean` to divide by
     "opmd": lambda here, advantages: -advantages / 2,
     "asymre": lambda here, advantages: -advantages - 0.1,
+    "nft": lambda here, advantages: advantages * towards_target(here, by_distance=True),
+    "nft, weak": lambda here, advantages: advantages * towards_target(here, by_distance=True),
+    "nft, plain": lambda here, advantages: advantages / 5 * towards_target(here, by_distance=False),
+    "advantage weighted by time": lambda here, advantages: -advantages * here.clean_scale,
+    "dgpo": lambda here, advantages: -advantages * preferred(here, advantages),
+    "dgpo, exact": lambda here, advantages: -advantages * 100 * preferred(here, advantages),
+    "dgpo against the old": lambda here, advantages: -advantages * preferred(here, advantages, "old_error"),
+    "awm tuned": lambda here, advantages: -advantages * here.clean_scale * (here.old_error + 1e-10) ** -0.75,
     "red weight": lambda here, advantages: -advantages * advantages.exp(),
 }
 
@@ -54,10 +89,9 @@ def pulls(name: str, log_ratio: Tensor, advantages: Tensor, mask: Tensor, steps:
     leaf = more(log_ratio, (0, steps), value=0.4).requires_grad_()
     wide = more(advantages, (0, steps), value=3.0)
     there = more(mask, (0, steps))
-    full = evaluation(log_ratio)
-    kept = {field: more(value, (0, steps)) for field, value in full.tensors().items()}
-    drift = more(full.entropy, (0, steps))  # the fields that follow from the leaf
-    kept |= {"log_ratio": leaf, "to_reference": leaf + 0.1 * drift, "log_prob": leaf - drift}
+    full = evaluation(log_ratio).tensors()
+    kept = {field: more(value, (*(0, 0) * (value.dim() - 2), 0, steps)) for field, value in full.items()}
+    kept |= moving(leaf, kept["entropy"])
     losses = OBJECTIVES[name](masked(Evaluation(**kept), there), wide)
     weighted_sum(losses, seq_mean(there).double()).backward()
     assert leaf.grad is not None
@@ -162,7 +196,11 @@ def test_garbage_in_untrained_decisions_reaches_neither_value_nor_gradient(
     def run(fill: float) -> tuple[Tensor, Tensor]:
         leaf = torch.where(mask, log_ratio, fill).requires_grad_()
         full = evaluation(leaf).tensors()
-        spoilt = {name: torch.where(mask, value, fill) for name, value in full.items() if value.is_floating_point()}
+        spoilt = {
+            name: torch.where(mask.unsqueeze(2) if value.dim() == 3 else mask, value, fill)
+            for name, value in full.items()
+            if value.is_floating_point()
+        }
         here = masked(Evaluation(**{**full, **spoilt}), mask)
         assert all((value[~mask] == 0).all() for value in here.tensors().values())
         loss = weighted_sum(objective(here, advantages), aggregation(mask))

@@ -12,8 +12,10 @@ from mmgrpo.aggregations import seq_mean, token_mean
 from mmgrpo.contrasts import disco, disco_ratio, dno, regressed
 from mmgrpo.data import requests
 from mmgrpo.entropy import Band
+from mmgrpo.group_matching import dgpo, gdro, of_old
 from mmgrpo.improve import Given, Loss, NonFiniteError, accumulate, slopes
 from mmgrpo.kl import ByKind, estimated_k2
+from mmgrpo.matching import OUTPUTS, advantage_weighted, awm_tuned, huber, nft, nft_plain
 from mmgrpo.objectives import clipped, elastic, gspo, guarded, reinforce
 from mmgrpo.off_policy import opmd_kimi
 from mmgrpo.ratios import masked
@@ -70,12 +72,22 @@ class GaussianPolicy:
                             dt=torch.full(shape, 0.1, dtype=torch.float64),
                             entropy=new.mean.square().sum(1).view(shape),  # stands for any number that varies
                             log_prob=log_ratio(part["next"], new, Gaussian(0 * new.mean, self.std)).view(shape),  # too
+                            **drawn(new.mean, part, shape),
                         ),
                     )
                 )
 
     def trainable(self) -> dict[str, Parameter]:
         return {"map.weight": self.map.weight}
+
+
+def drawn(new: Tensor, part: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The decisions as draws whose output is the mean and whose target is what was sampled."""
+    outputs = {"prediction": new, "old_prediction": part["old"], "target": part["next"]}
+    found = {name: value.view(*shape, D) for name, value in outputs.items()}
+    for name, value in (("error", new), ("old_error", part["old"]), ("reference_error", part["reference"])):
+        found[name] = (value - part["next"]).square().mean(1).view(shape)
+    return found | {"clean_scale": part["reference"][:, 0].sigmoid().view(shape)}  # any number in (0, 1)
 
 
 def batch() -> Batch:
@@ -109,6 +121,17 @@ LOSSES = {
     "with an entropy bonus": Loss(clipped, entropy_weight=0.3),
     "in a band of entropy": Loss(clipped, band=Band(5.0, 6.0, 0.2)),
     "with a bonus of the chosen": Loss(top_entropy(objective=clipped, share=0.5), entropy_weight=0.3),
+    "matched": Loss(nft),
+    "matched in the space of outputs": Loss(partial(nft_plain, strength=0.3), the_kl, 0.1),
+    "advantage weighted": Loss(
+        partial(advantage_weighted, objective=partial(clipped, low=0.3, high=0.3), weighting=huber)
+    ),
+    "coupled, advantage weighted": Loss(partial(advantage_weighted, objective=partial(gspo, low=0.5, high=0.5))),
+    "advantage weighted and held": Loss(awm_tuned),
+    "preferred": Loss(partial(dgpo, strength=3.0, clip=0.5)),
+    "preferred to the old": Loss(partial(dgpo, strength=0.3, against=of_old, clip=None, exact=True), the_kl, 0.1),
+    "ranked": Loss(partial(gdro, strength=1.0)),
+    "ranked at the top": Loss(partial(gdro, strength=1.0, top=True), the_kl, 0.1),
     "coupled over the batch": Loss(top_entropy(objective=partial(clipped, low=0.3, high=0.3), share=0.5)),
 }
 
@@ -171,6 +194,19 @@ def test_the_gradient_is_that_of_plain_autograd():
     assert (ours - policy.map.weight.grad).norm() <= 1e-9 * ours.norm()
 
 
+def test_what_a_policy_evaluated_is_told_whole_outputs_too_and_only_small_fields_are_kept():
+    policy = GaussianPolicy(2, 3)
+    trajectory = policy.trajectory(batch())
+    measured = accumulate(policy, trajectory, Given(torch.ones(B, S), seq_mean(trajectory.mask)), Loss(nft))
+    assert {*OUTPUTS, "clean_scale", "log_ratio"} <= measured.found
+    assert measured.values.keys() == measured.found - {*OUTPUTS}
+
+
+def test_an_objective_that_compares_with_the_reference_asks_for_it():
+    assert Loss(dgpo).refers and Loss(gdro).refers and Loss(regressed).refers
+    assert not Loss(partial(dgpo, against=of_old)).refers and not Loss(nft).refers
+
+
 def test_decisions_of_each_kind_have_their_own_objective_weight_and_distance():
     evaluation = Evaluation(torch.randn(B, S).mul(0.3), kl=torch.rand(B, S), to_reference=torch.randn(B, S))
     kind, advantages = torch.arange(B * S).view(B, S) % 2, torch.randn(B, S)
@@ -220,6 +256,8 @@ def test_what_untrained_decisions_hold_reaches_neither_the_loss_nor_its_slopes(n
         values = torch.full((2, 3), 0.1).masked_fill(~mask, garbage)
         kind = torch.tensor([[0, 1, 1], [1, 0, 0]])
         several = dict.fromkeys(("kl", "entropy", "to_reference", "drift", "step_std", "dt", "log_prob"), values)
+        small = ("error", "old_error", "reference_error", "clean_scale")
+        several |= {**dict.fromkeys(small, values), **dict.fromkeys(OUTPUTS, values.unsqueeze(2).expand(2, 3, D))}
         evaluation = Evaluation(
             values, **several, kind=kind, group=torch.zeros_like(kind), reward=torch.tensor([[1.0], [0.0]]).expand(2, 3)
         )
@@ -227,7 +265,7 @@ def test_what_untrained_decisions_hold_reaches_neither_the_loss_nor_its_slopes(n
     assert torch.isfinite(found[0][0])
     for total, slope in found:
         assert total == found[0][0]
-        assert all(torch.equal(slope[key], found[0][1][key]) and slope[key][1, 2] == 0 for key in slope)
+        assert all(torch.equal(slope[key], found[0][1][key]) and (slope[key][1, 2] == 0).all() for key in slope)
 
 
 def test_minibatches_keep_groups_whole_and_use_every_row_once():

@@ -34,7 +34,7 @@ PUBLISHED = """
 mc_grpo risk_mvar gdpo gaussian_rank ngrpo dist_centric token_hidden_reward unlikeliness gigpo salt_graph edge_grpo dr_irl_scaling
 elastic_clip hybrid_ratio disco asymre opmd red_drop red_weight dno entropy_clip_batch entropy_clip_vocabulary grpo two_grpo dr_grpo
 dapo lite_ppo rloo reinforce_pp reinforce_pp_baseline gspo gspo_token gmpo cispo sapo luspo vespo two_sided tis mis off_policy_mask
-top_entropy entropy_bonus a_star_po group_replay
+top_entropy entropy_bonus a_star_po group_replay nft nft_plain awm awm_tuned dgpo gdro
 """.split()
 
 

@@ -22,6 +22,7 @@ OWN = ("advantage", "objective", "loss", "entropy", "recall")  # sections that b
 SMALL = {"iterations": 2, "prompts": 2, "updates": 1, "evaluate_every": 0, "save_every": 2, "keep_share": 1.0}
 TOKENS = {"dist_centric", "token_hidden_reward", "unlikeliness", "gigpo", "salt_graph", "entropy_clip_batch",
           "entropy_clip_vocabulary", "tis", "mis", "top_entropy", "entropy_bonus", "hybrid_ratio_guided", "disco", "disco_b"}  # fmt: skip
+NEEDS_DRAWS = {"nft", "nft_plain", "awm", "awm_tuned", "dgpo", "gdro"}
 NEEDS_PARTS, NEEDS_EDGES, NEEDS_STEPS, NEEDS_COLUMNS, NEEDS_REWARDS = (
     {"process"},
     {"edge_grpo"},
@@ -38,8 +39,8 @@ class Case:
 
 
 CASES = [
-    Case("demo_image", frozenset(TOKENS | NEEDS_PARTS | NEEDS_EDGES | NEEDS_COLUMNS | NEEDS_REWARDS)),
-    Case("demo_vlm", frozenset(NEEDS_PARTS | NEEDS_EDGES | NEEDS_STEPS | NEEDS_COLUMNS | NEEDS_REWARDS)),
+    Case("demo_image", frozenset(TOKENS | NEEDS_PARTS | NEEDS_EDGES | NEEDS_COLUMNS | NEEDS_REWARDS | NEEDS_DRAWS)),
+    Case("demo_vlm", frozenset(NEEDS_PARTS | NEEDS_EDGES | NEEDS_STEPS | NEEDS_COLUMNS | NEEDS_REWARDS | NEEDS_DRAWS)),
 ]
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmgrpo.advantages import gdpo, standardized
 from mmgrpo.types import Batch, Feedback, Prompt, Reward, Samples
-from rewards.compose import guarded, named, scale, weighted
+from rewards.compose import corrected, guarded, named, scale, weighted
 
 NAN = float("nan")
 A, B = [1.0, 2.0, NAN, NAN], [10.0, NAN, 30.0, NAN]
@@ -185,3 +185,18 @@ def test_a_conditioned_reward_counts_where_the_hard_one_is_reached_and_changes_w
     same(advantages(values(conditioned, four)), [low - half, high + half, low - half, low + half])
     missing = samples((1, NAN), (NAN, 1))
     same(values(conditioned, missing), [NAN, NAN])
+
+
+def test_a_corrected_score_equals_the_worked_example_and_falls_where_quality_is_lost():
+    hacked = samples((0.8721, 3.4245), (0.9, 2.0), (0.0, 1.0), (NAN, 4.0), (0.5, NAN))
+    found = corrected(reward=first, quality=second)(hacked)
+    same(found, [0.57020645, -0.7, 0.2, NAN, NAN])
+
+
+def test_a_corrected_score_takes_the_mean_of_the_quality_and_keeps_the_names_of_the_reward():
+    rated = samples((1.0, 5.0), (2.0, 6.0))  # means 3 and 4
+    same(corrected(reward=first, quality=pair)(rated), [0.2, 2.2])
+    found = corrected(reward=pair, quality=pair, middle=2.0, shift=0.0)(rated)
+    assert isinstance(found, dict)
+    same(found["x"], [1.0, 4.0])
+    same(found["y"], [5.0, 12.0])
