@@ -97,13 +97,17 @@ def gdpo(
     if missing == "zero":
         trained = [(values.nan_to_num(0), weight) for values, weight in trained]
     parts = torch.stack([weight * standardize(values, group, ddof, eps) for values, weight in trained])  # (K, B)
-    combined, size = parts.nansum(0), parts.abs().nansum(0)
-    combined = torch.where(combined.abs() > 1e-12 * size, combined, 0)  # what cancels leaves rounding, not a preference
-    combined = torch.where(scores.isnan(), torch.nan, combined)
+    combined = torch.where(scores.isnan(), torch.nan, added_up(parts))
     if batch_scale:
         std = group_std(combined, torch.zeros_like(group), ddof)
         combined = combined / torch.where(std > 0, std + eps, 1)
     return compared(as_scores(combined, scores), scores, group)
+
+
+def added_up(parts: Tensor) -> Tensor:
+    """The sum of what there is, exactly 0 where it cancels up to rounding, which is no preference; (K, ...) -> (...)."""
+    combined, size = parts.nansum(0), parts.abs().nansum(0)
+    return torch.where(combined.abs() > 1e-12 * size, combined, 0)
 
 
 def scaled_sum(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advantage:
