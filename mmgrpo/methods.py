@@ -72,8 +72,7 @@ def require_options(component: str, options: Table, where: str, method: str) -> 
     for name in options:
         if name not in known:
             raise RecipeError(
-                f"{where}method: {method!r} needs a policy with the option {name!r}; {component} has none, "
-                "pipelines.diffusion:load is one of those that do"
+                f"{where}method: {method!r} needs a policy with the option {name!r}, which {component} lacks"
             )
 
 

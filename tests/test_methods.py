@@ -113,7 +113,8 @@ def test_a_part_of_the_policy_lies_under_any_that_has_its_options(tmp_path):
 
 def test_a_policy_without_the_options_of_a_method_is_refused(tmp_path):
     with pytest.raises(
-        RecipeError, match=r"^mine\.toml: method: 'mix_grpo' needs a policy with the option 'sampler'; pipelines\.vlm"
+        RecipeError,
+        match=r"^mine\.toml: method: 'mix_grpo' needs a policy with the option 'sampler', which pipelines\.vlm",
     ):
         loaded(tmp_path, 'method = "mix_grpo"')
     with pytest.raises(RecipeError, match=r"policy\.build: missing"):
