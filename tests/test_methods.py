@@ -38,7 +38,7 @@ mc_grpo risk_mvar gdpo gaussian_rank ngrpo dist_centric token_hidden_reward unli
 elastic_clip hybrid_ratio disco asymre opmd red_drop red_weight dno entropy_clip_batch entropy_clip_vocabulary grpo two_grpo dr_grpo
 dapo lite_ppo rloo reinforce_pp reinforce_pp_baseline gspo gspo_token gmpo cispo sapo luspo vespo two_sided tis mis off_policy_mask
 top_entropy entropy_bonus a_star_po group_replay flow_grpo flow_grpo_fast flow_grpo_trunk dance_grpo mix_grpo guard flow_dppo
-vgpo euphonium
+vgpo euphonium mix_grpo_flash tempflow e_grpo
 """.split()
 
 
@@ -79,6 +79,8 @@ def test_its_parts_are_built_and_its_definition_can_be_read(name):
     for section in ("advantage", "objective"):
         if section in method.recipe:
             assert callable(build(method.recipe[section], section))
+    for option, value in method.recipe.get("policy", {}).items():
+        assert option == "same_noise" or callable(build(value, f"policy.{option}"))
     text = definition(name)
     assert method.paper in text and f'method = "{name}"' in text and all(need in text for need in needs(method))
     if method.status != "exact":

@@ -61,7 +61,9 @@ def table_of(case: Case, name: str, questions: Path) -> dict[str, Any]:
         "model": str(shipped)
     }
     if named and case.recipe == "demo_image":
-        table["policy"] |= {"call": {"num_inference_steps": 10}}
+        table["policy"] |= {"call": {"num_inference_steps": 16 if name == "e_grpo" else 10}}
+    if "routes" in named:
+        table["policy"].pop("plan", None)
     prompts = shipped / "prompts" / "train.jsonl" if case.recipe == "demo_image" else questions
     table["prompts"] |= {"source": str(prompts), "limit": 8}
     table["optimizer"] |= {"learning_rate": 1e-4}
