@@ -8,15 +8,16 @@ One treatment of the exceptions, everywhere:
 Group ids are any int64 values in any order. Axes: B samples, K rewards.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmgrpo.comparing import as_scores, compared, scores_of
+from mmgrpo.comparing import Comparison, Remembering, as_scores, compared, needed, scores_of, teaching
 from mmgrpo.groups import group_centred, group_size, group_std
-from mmgrpo.types import Advantage, Feedback
+from mmgrpo.types import Advantage, AdvantageFunction, Feedback
 
 Scale = Literal["group", "batch", "none"]
 Missing = Literal["skip", "zero"]
@@ -96,13 +97,17 @@ def gdpo(
     if missing == "zero":
         trained = [(values.nan_to_num(0), weight) for values, weight in trained]
     parts = torch.stack([weight * standardize(values, group, ddof, eps) for values, weight in trained])  # (K, B)
-    combined, size = parts.nansum(0), parts.abs().nansum(0)
-    combined = torch.where(combined.abs() > 1e-12 * size, combined, 0)  # what cancels leaves rounding, not a preference
-    combined = torch.where(scores.isnan(), torch.nan, combined)
+    combined = torch.where(scores.isnan(), torch.nan, added_up(parts))
     if batch_scale:
         std = group_std(combined, torch.zeros_like(group), ddof)
         combined = combined / torch.where(std > 0, std + eps, 1)
     return compared(as_scores(combined, scores), scores, group)
+
+
+def added_up(parts: Tensor) -> Tensor:
+    """The sum of what there is, exactly 0 where it cancels up to rounding, which is no preference; (K, ...) -> (...)."""
+    combined, size = parts.nansum(0), parts.abs().nansum(0)
+    return torch.where(combined.abs() > 1e-12 * size, combined, 0)
 
 
 def scaled_sum(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advantage:
@@ -142,3 +147,27 @@ def process(feedback: Feedback, *, ddof: int = 0, eps: float = 1e-4) -> Advantag
     left = parts.flip(1).cumsum(1).flip(1)
     whole = compared(standardize(scores, feedback.group, ddof, eps), scores, feedback.group)
     return whole._replace(values=torch.where(whole.keep.unsqueeze(1), left, 0))
+
+
+def in_branches(*, advantage: AdvantageFunction = standardized) -> Comparison:
+    """An advantage that compares the samples of a group that explored at the same decisions with each other alone.
+
+    TempFlow-GRPO (arXiv 2508.04324) and E-GRPO (arXiv 2601.00423), whose groups go through a schedule by several routes
+    (mmgrpo/routes.py). Equal rows of the mask are one branch; a sample alone in its own has nothing to be compared with.
+    """
+    if isinstance(advantage, Remembering):
+        raise ValueError("advantage.advantage remembers what it saw, which branches do not keep; expected another one")
+
+    def function(feedback: Feedback) -> Advantage:
+        return advantage(replace(feedback, group=branches(feedback)))
+
+    def teaches(feedback: Feedback) -> Tensor:
+        return teaching(advantage, replace(feedback, group=branches(feedback)))
+
+    return Comparison(function, needed(advantage), teaches)
+
+
+def branches(feedback: Feedback) -> Tensor:
+    """One id for the samples of a group that have the same decisions trained, (B,) int64."""
+    mask = torch.ones(len(feedback.group), 0, dtype=torch.bool) if feedback.mask is None else feedback.mask
+    return torch.unique(torch.cat([feedback.group.unsqueeze(1), mask.long()], 1), dim=0, return_inverse=True)[1]

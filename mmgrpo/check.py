@@ -71,9 +71,9 @@ def examine(run: Run) -> Report:
 
 
 def probe(run: Run) -> Batch:
-    """Two small groups, under seeds that training does not use."""
+    """Two small groups, whole ones where their samples share out several routes, under seeds that training does not use."""
     count = min(FEWEST, len(run.prompts))
-    size = min(run.recipe.train.group_size, 4)
+    size = run.recipe.train.group_size if "routes" in run.recipe.policy else min(run.recipe.train.group_size, 4)
     return requests(run.prompts, range(count), group_size=size, seed=run.recipe.seed + 1, iteration=0)
 
 

@@ -24,7 +24,8 @@ def refuse_contradictions(recipe: "Recipe", where: str) -> None:
 def in_training(recipe: "Recipe") -> Problems:
     """What is wrong with rewards and the loop."""
     train, loss = recipe.train, recipe.loss
-    kept = round(train.keep_share * train.group_size)
+    among = train.group_size * (1 if train.keep_among == "group" else train.prompts)
+    kept = round(train.keep_share * among)
     aligned = train.stage == "align"
     return {
         "rewards": aligned
@@ -43,7 +44,10 @@ def in_training(recipe: "Recipe") -> Problems:
         and f"{train.updates} updates cannot share {train.prompts} prompts evenly; expected a divisor",
         "train.keep_share": aligned
         and kept < 2
-        and f"keeps {kept} of {train.group_size} samples; expected at least a top and a bottom one",
+        and f"keeps {kept} of {among} samples; expected at least a top and a bottom one",
+        "train.keep_among": train.keep_among != "group"
+        and train.keep_share == 1
+        and f"{train.keep_among!r} arrived with train.keep_share 1; expected a share, all samples are kept",
         "train.evaluate_every": train.evaluate_every > 0
         and not recipe.evaluation.source
         and f"{train.evaluate_every} arrived; expected evaluation.source to name the held-out prompts",

@@ -1,7 +1,7 @@
 """Credit inside a sample: decisions taken in the same state are compared with each other, shared ones are neutral.
 
 Facts that are asked for: "state", (B, S) int64, what a decision was taken in; "edge", (B, S) int64, state, decision and what
-followed; equal keys in one group are the same. Untrained decisions have value 0 and enter no statistic.
+followed; equal keys in one group are the same; "predicted_rewards", (B, S), of the data predicted behind each step. Untrained decisions have value 0 and enter no statistic.
 Axes: B samples, S decisions, G samples of a group, V tokens, D features, E edges of a graph.
 """
 
@@ -17,6 +17,7 @@ from mmgrpo.types import Advantage, AdvantageFunction, Feedback, same_shape
 
 Mode = Literal["mean", "mean_std"]
 EPS = 1e-6
+PREDICTED = "predicted_rewards"
 
 
 def joint(group: Tensor, key: Tensor) -> Tensor:
@@ -84,7 +85,13 @@ def rewards_of_steps(feedback: Feedback, mask: Tensor) -> Tensor:
 
 
 def anchored_values(
-    *, discount: float = 0.9, absolute: float = 0.1, early: float = 0.5, weighed: bool = True, eps: float = 0.0
+    *,
+    discount: float = 0.9,
+    absolute: float = 0.1,
+    early: float = 0.5,
+    weighed: bool = True,
+    eps: float = 0.0,
+    predicted: bool = False,
 ) -> Comparison:
     """VGPO (arXiv 2512.12387): the discounted reward to come, against the same step of the group and against 0; values (B, S).
 
@@ -92,13 +99,15 @@ def anchored_values(
     its group at that step, omega = Q over its mean in the sample, 1 unless `weighed`. The term in `absolute` is that of the
     first int(early * S) steps, and teaches groups without spread too, poor ones included. RECONSTRUCTED from reviews: discount,
     absolute, the std's ddof, and that omega multiplies both terms. Rewards are to be from 0 if `weighed`. A step without a reward
-    adds 0 to Q, enters no statistic and has value 0.
+    adds 0 to Q, enters no statistic and has value 0. `predicted`: the rewards are the fact "predicted_rewards", the total
+    reward of the clean sample that the policy predicts in one step behind each step, NaN where it asked none.
     """
     if not 0 <= early <= 1:
         raise ValueError(f"early is {early}; expected a share of the steps in [0, 1]")
 
     def function(feedback: Feedback) -> Advantage:
-        scores, rewards = scores_of(feedback), feedback.step_rewards
+        scores = scores_of(feedback)
+        rewards = fact_of(feedback, PREDICTED)[1] if predicted else feedback.step_rewards
         if rewards is None:
             raise ValueError("the advantage needs a reward of every step, (B, S); these all judge whole samples")
         if weighed and (rewards < 0).any():
@@ -112,7 +121,8 @@ def anchored_values(
         whole = compared(scores, scores, feedback.group)
         return whole._replace(values=as_scores(torch.where(whole.keep.unsqueeze(1), values, 0), scores))
 
-    return Comparison(function, teaches=lambda feedback: ~feedback.total().isnan())
+    needs = (PREDICTED,) if predicted else ()
+    return Comparison(function, needs, teaches=lambda feedback: ~feedback.total().isnan())
 
 
 def over_own_mean(values: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ class Loss:
     def terms(self, evaluation: Evaluation, given: "Given") -> dict[str, Tensor]:
         """The named terms, each a scalar."""
         counted = evaluation if given.imitate is None else masked(evaluation, given.weights.ne(0))
-        terms = {"objective": weighted_sum(self.objective(counted, given.advantages), given.weights)}
+        several = [given.advantages] if given.separate is None else given.separate.unbind(-1)
+        pulls = [weighted_sum(self.objective(counted, advantages), given.weights) for advantages in several]
+        terms = {"objective": torch.stack(pulls).sum()}
         if self.kl is not None and self.kl_weight:
             terms["kl"] = self.kl_weight * weighted_sum(self.kl(evaluation), given.weights)
         if self.anchor_weight and given.imitate is not None:  # log_ratio stands for log p: the gradient is the same
@@ -84,13 +86,14 @@ class Loss:
 
 
 class Given(NamedTuple):
-    """What the loss knows of each decision beside its evaluation; (b, s) each."""
+    """What the loss knows of each decision beside its evaluation; (b, s) each, but for one."""
 
     advantages: Tensor
     weights: Tensor  # the reduction, 0 where a decision is not trained
     imitate: Tensor | None = None  # the reduction of the anchor, 0 where a decision is not imitated
     reward: Tensor | None = None  # the total reward of the decision's sample
     evenly: Tensor | None = None  # the mean over the update's decisions, for terms of the entropy
+    separate: Tensor | None = None  # (b, s, K) advantages of which the objective is taken one by one
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Given":
         """Every tensor changed."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, with_config
 
 from mmgrpo.comparing import needed
-from mmgrpo.components import build, locate
+from mmgrpo.components import build, locate, options_of
 from mmgrpo.facts import facts, unbound
 from mmgrpo.toml import RecipeError, Table, nearest, write
 
@@ -49,16 +49,31 @@ def find(name: object, where: str) -> Method:
 
 
 def underlaid(table: Table, where: str) -> dict[str, object]:
-    """A recipe's table with its method's part under it; a component that the user names himself replaces the method's."""
+    """A recipe's table with its method's part under it; a component that the user names himself replaces the method's.
+
+    A part of the policy names no component, and lies under any that has its options; raises RecipeError for another.
+    """
     if "method" not in table:
         return dict(table)
     found: dict[str, object] = dict(table)
     for section, options in find(table["method"], where + "method").recipe.items():
         given = table.get(section, {})
         replaced = isinstance(given, Mapping) and given.get("build", options.get("build")) != options.get("build")
-        if isinstance(given, Mapping) and not replaced:
+        if isinstance(given, Mapping) and not (replaced and "build" in options):
             found[section] = {**options, **given}
+        if section == "policy" and isinstance(given, Mapping) and isinstance(given.get("build"), str):
+            require_options(str(given["build"]), options, where, str(table["method"]))
     return found
+
+
+def require_options(component: str, options: Table, where: str, method: str) -> None:
+    """Refuse a policy that lacks what a method says of it; raises RecipeError."""
+    known = options_of(locate(component, where + "policy.build"))
+    for name in options:
+        if name not in known:
+            raise RecipeError(
+                f"{where}method: {method!r} needs a policy with the option {name!r}, which {component} lacks"
+            )
 
 
 def needs(method: Method) -> tuple[str, ...]:

@@ -149,6 +149,9 @@ class Train:
     passes: Count = 1  # times a rollout is used
     drop_zero_advantage: bool = True  # samples with advantage 0 are not replayed
     keep_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each group, half from its top and half from its bottom
+    keep_among: Literal["group", "batch"] = (
+        "group"  # whose top and bottom; "batch": all of a rollout, as DanceGRPO's code
+    )
     save_every: Count = 50  # iterations
     evaluate_every: Natural = 0  # iterations; 0 is never
     keep: Count = 3  # newest checkpoints that stay on disk

@@ -70,15 +70,15 @@ def merged(
 def step_entropy(sigma: Tensor, start: int, noise: float) -> Tensor:
     """exp of the entropy of an element, sqrt(2 pi e) times its std, of a Flow-SDE step from level `start` to each later one.
 
-    Levels of data, where the step is deterministic, are left out; (N + 1,) -> (N - 1 - start,) of a schedule that ends there.
+    The last one is left out: a step to it is deterministic; (N + 1,) -> (N - 1 - start,).
     """
     if ((sigma < 0) | (sigma > 1)).any():
         raise ValueError(
             f"sigma goes from {float(sigma[0]):.4g} to {float(sigma[-1]):.4g}; expected a flow's, in [0, 1]"
         )
-    now, later = sigma[start], sigma[start + 1 :]
+    now, later = sigma[start], sigma[start + 1 : -1]
     g = flow_sde_diffusion(now, sigma[1], noise)
-    return math.sqrt(2 * math.pi * math.e) * g * (now - later[later > 0]).sqrt()
+    return math.sqrt(2 * math.pi * math.e) * g * (now - later).sqrt()
 
 
 def flash(sigma: Tensor, iteration: int, seed: int, *, plan: Plan = window, share: float = 0.4) -> tuple[Route, ...]:

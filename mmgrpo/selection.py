@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmgrpo.types import Advantage, same_shape
+from mmgrpo.types import Advantage, require_shape, same_shape
 
 
 def minibatches(group: Tensor, updates: int) -> list[Tensor]:
@@ -20,8 +20,8 @@ def minibatches(group: Tensor, updates: int) -> list[Tensor]:
 def extremes(advantages: Tensor, group: Tensor, keep: Tensor, share: float) -> Tensor:
     """Keep the given share of each group: half from its top and half from its bottom, at least one each; all (B,).
 
-    Only rows of `keep` are ranked. A share of 1 keeps them all. Best-of-n selection as in DanceGRPO (arXiv 2505.07818),
-    inside groups.
+    Of an odd count the top has one more. Only rows of `keep` are ranked. A share of 1 keeps them all. Best-of-n selection of
+    DanceGRPO (arXiv 2505.07818), whose groups are here what a rank generated.
     """
     same_shape(advantages=advantages, group=group, keep=keep)
     if share == 1:
@@ -30,9 +30,24 @@ def extremes(advantages: Tensor, group: Tensor, keep: Tensor, share: float) -> T
     for number in group[keep].unique():
         rows = (keep & (group == number)).nonzero().flatten()
         order = rows[advantages[rows].argsort(stable=True)]
-        half = max(1, round(share * len(rows) / 2))
-        chosen[torch.cat([order[:half], order[-half:]])] = True
+        count = max(2, round(share * len(rows)))
+        chosen[torch.cat([order[: count // 2], order[-(count - count // 2) :]])] = True
     return chosen
+
+
+def of_decisions(values: Tensor, mask: Tensor) -> Tensor:
+    """A value of each sample, or of each of its decisions, at every decision; (B,) or (B, S), (B, S) -> (B, S)."""
+    whole = values.unsqueeze(1).expand(mask.shape) if values.dim() == 1 else values
+    same_shape(mask=mask, advantages=whole)
+    return whole
+
+
+def separated(advantage: Advantage, mask: Tensor) -> Tensor | None:
+    """The advantages of which the objective is taken one by one, (B, S, K); None if it is taken of their sum."""
+    if advantage.separate is None:
+        return None
+    require_shape("separate", advantage.separate, None, *advantage.values.shape)
+    return torch.stack([of_decisions(values, mask) for values in advantage.separate], -1)
 
 
 def imitated(advantage: Advantage, weight: float) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from mmgrpo.journal import Journal, Stopwatch, peak_memory
 from mmgrpo.recall import anchored
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
-from mmgrpo.selection import extremes, imitated, minibatches
+from mmgrpo.selection import extremes, imitated, minibatches, of_decisions, separated
 from mmgrpo.teaching import lesson
 from mmgrpo.types import Advantage, Trajectory
 
@@ -122,15 +123,13 @@ def improve(run: Run, rolled: Gathered, advantage: Advantage) -> dict[str, float
     options, trajectory = run.recipe.train, rolled.trajectory
     if advantage.decisions is not None:
         trajectory = replace(trajectory, mask=trajectory.mask & advantage.decisions)
-    values = advantage.values.unsqueeze(1) if advantage.values.dim() == 1 else advantage.values
-    values = values.expand(trajectory.mask.shape)
-    keep = extremes(values.mean(1), trajectory.group, advantage.keep, options.keep_share) & trajectory.mask.any(1)
+    values = of_decisions(advantage.values, trajectory.mask)
+    among = trajectory.group if options.keep_among == "group" else torch.zeros_like(trajectory.group)
+    keep = extremes(values.mean(1), among, advantage.keep, options.keep_share) & trajectory.mask.any(1)
     imitate = imitated(advantage, run.loss.anchor_weight)
-    reward = rolled.feedback.total().unsqueeze(1).expand(trajectory.mask.shape)
-    parts = [
-        weighed(run, trajectory, Judged(values, keep, imitate, reward), rows)
-        for rows in minibatches(trajectory.group, options.updates)
-    ]
+    reward = of_decisions(rolled.feedback.total(), trajectory.mask)
+    judged = Judged(values, keep, imitate, reward, separated(advantage, trajectory.mask))
+    parts = [weighed(run, trajectory, judged, rows) for rows in minibatches(trajectory.group, options.updates)]
     lags = run.behaviour.lags
     later = parts if options.passes > 1 or lags else parts[1:]  # evaluated under other weights than those that sampled
     if later:
@@ -157,20 +156,22 @@ class Judged(NamedTuple):
     keep: Tensor  # (B,) bool
     imitate: Tensor | None  # (B,) bool
     reward: Tensor  # (B, S) the total of its sample
+    separate: Tensor | None  # (B, S, K) of which the advantages are the sum
 
 
 def weighed(run: Run, trajectory: Trajectory, judged: Judged, rows: Tensor) -> Part:
     """The rows of one update; those that add nothing to its gradient are left out, but not out of its denominators."""
     mask, advantages = trajectory.mask[rows], judged.advantages[rows]
+    separate = None if judged.separate is None else judged.separate[rows]
     weights = run.aggregate(mask, keep=judged.keep[rows])
     used = weights.ne(0).any(1)
     if run.recipe.train.drop_zero_advantage and not run.loss.every:
-        used &= advantages.ne(0).any(1)
+        used &= (advantages if separate is None else separate.flatten(1)).ne(0).any(1)
     copied = None if judged.imitate is None else token_mean(mask, keep=judged.imitate[rows])
     if copied is not None:
         used |= copied.ne(0).any(1)
     evenly = token_mean(mask, keep=judged.keep[rows]) if "entropy" in run.loss.needs or run.loss.band else None
-    given = Given(advantages, weights, copied, judged.reward[rows], evenly)
+    given = Given(advantages, weights, copied, judged.reward[rows], evenly, separate)
     return Part(rows[used], given.each(lambda value: value[used]))
 
 

@@ -190,6 +190,7 @@ class Advantage(NamedTuple):
     decisions: Tensor | None = (
         None  # (B, S) bool: of the trained decisions, those that stay in the loss and its denominators
     )
+    separate: Tensor | None = None  # (K, B) or (K, B, S), of sum `values`: the objective is taken of each, then added
 
 
 @dataclass(frozen=True)

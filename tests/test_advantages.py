@@ -14,6 +14,7 @@ from mmgrpo.advantages import (
     against_others,
     centered,
     gdpo,
+    in_branches,
     leave_one_out,
     process,
     scaled_sum,
@@ -21,6 +22,7 @@ from mmgrpo.advantages import (
     standardized,
 )
 from mmgrpo.groups import group_sum, spread
+from mmgrpo.separate import dance
 from mmgrpo.types import Advantage, Feedback
 
 F64 = torch.float64
@@ -206,6 +208,8 @@ COMPONENTS: dict[str, Callable[[Feedback], Advantage]] = {
     "leave_one_out": leave_one_out,
     "gdpo": gdpo,
     "scaled_sum": scaled_sum,
+    "dance": dance,
+    "in branches": in_branches(),
 }
 each_component = pytest.mark.parametrize("component", COMPONENTS.values(), ids=COMPONENTS.keys())
 

@@ -241,6 +241,18 @@ def test_a_step_without_a_reward_has_no_value_and_a_sample_without_any_leaves():
     close(plain(judged(steps)).values[[0, 2], 1], 1, -1)  # Q of .94 and .86, compared with each other alone
 
 
+def test_rewards_of_predicted_data_stand_in_for_rewards_of_parts():
+    compare = anchored_values(early=1.0, predicted=True)
+    assert compare.needs == ("predicted_rewards",)
+    scores, group = PROCESS[:, -1], ids(0, 0, 0)
+    close(
+        compare(told(scores, group, predicted_rewards=PROCESS)).values,
+        *anchored_values(early=1.0)(judged(PROCESS)).values.tolist(),
+    )
+    with pytest.raises(ValueError, match="needs the fact 'predicted_rewards'"):
+        compare(judged(PROCESS))
+
+
 def test_step_rewards_that_are_missing_or_negative_are_refused():
     with pytest.raises(ValueError, match="needs a reward of every step"):
         anchored_values()(Feedback({"r": numbers(1, 2)}, {"r": 1.0}, ids(0, 0)))

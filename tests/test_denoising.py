@@ -13,7 +13,7 @@ from mmgrpo.components import build
 from mmgrpo.denoising import divergence_bound, noise_weighted
 from mmgrpo.objectives import Objective, clipped, guarded
 from mmgrpo.ratios import masked
-from mmgrpo.transitions import Gaussian, kl, log_ratio
+from mmgrpo.transitions import Gaussian, flow_sde_diffusion, kl, log_ratio
 from mmgrpo.types import Evaluation
 
 F64 = torch.float64
@@ -112,6 +112,18 @@ def test_steps_of_a_window_keep_their_place_in_the_schedule_under_a_given_scale(
     own = STD[1:3] / STD[1:3].mean()
     close(noise_weighted()(here, ones)[window], *own.tolist())
     close(noise_weighted()(replace(full, mask=window), ones)[window], *own.tolist())
+
+
+def test_the_scale_of_ten_shifted_steps_is_one_over_the_mean_of_the_schedule_and_branches_need_it() -> None:
+    even = torch.linspace(1, 0, 11, dtype=F64)
+    sigma = 3 * even / (1 + 2 * even)
+    std = flow_sde_diffusion(sigma[:-1], sigma[1], 0.7) * (-sigma.diff()).sqrt()
+    close(1 / std.mean(), 2.371, tolerance=1e-4)
+    branches = torch.eye(10, dtype=torch.bool)  # every sample has one trained step
+    here = masked(Evaluation(torch.zeros(10, 10, dtype=F64), step_std=std.expand(10, 10)), branches)
+    minus = -torch.ones(10, 10, dtype=F64)
+    torch.testing.assert_close(noise_weighted(scale=2.371)(here, minus)[branches], std / std.mean(), rtol=1e-4, atol=0)
+    assert (noise_weighted()(here, minus)[branches] == 1).all()
 
 
 def test_equal_noise_weighs_nothing_and_only_the_size_of_the_loss_is_weighed() -> None:

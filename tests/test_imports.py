@@ -12,7 +12,7 @@ ALLOWED = {"mmgrpo": {"mmgrpo"}, "pipelines": {"pipelines", "mmgrpo"}, "rewards"
 INNER = (
     "transitions", "groups", "comparing", "advantages", "baselines", "credit", "risk", "shaping", "entropy_clip", "schedules",
     "aggregations", "facts", "ratios", "objectives", "weighting", "off_policy", "contrasts", "entropy",
-    "denoising", "routes", "multistep", "steering",
+    "denoising", "routes", "multistep", "steering", "separate",
 )  # fmt: skip
 INNER_MAY = {"torch", "mmgrpo.seeds", "mmgrpo.types", *(f"mmgrpo.{name}" for name in INNER)}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

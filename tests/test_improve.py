@@ -207,6 +207,25 @@ def test_an_objective_that_compares_with_the_reference_asks_for_it():
     assert not Loss(partial(dgpo, against=of_old)).refers and not Loss(nft).refers
 
 
+@pytest.mark.parametrize("cut", [(B, S), (2, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("objective", [partial(clipped, low=0.3, high=0.3), partial(gspo, low=0.5, high=0.5)])
+def test_separate_advantages_pull_as_the_sum_of_their_losses_whatever_the_chunks(objective, cut):
+    several = torch.randn(B, S, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def pulled(rows: int, steps: int, advantages: Tensor, separate: Tensor | None) -> tuple[float, Tensor]:
+        policy = GaussianPolicy(rows, steps)
+        trajectory = policy.trajectory(batch())
+        given = Given(advantages, seq_mean(trajectory.mask).double(), separate=separate)
+        measured = accumulate(policy, trajectory, given, Loss(objective))
+        assert policy.map.weight.grad is not None
+        return measured.loss, policy.map.weight.grad
+
+    value, found = pulled(*cut, several.sum(-1), several)
+    one, other = (pulled(B, S, advantages, None) for advantages in several.unbind(-1))
+    assert value == pytest.approx(one[0] + other[0], rel=1e-9)
+    assert (found - one[1] - other[1]).norm() <= 1e-6 * found.norm()
+
+
 def test_decisions_of_each_kind_have_their_own_objective_weight_and_distance():
     evaluation = Evaluation(torch.randn(B, S).mul(0.3), kl=torch.rand(B, S), to_reference=torch.randn(B, S))
     kind, advantages = torch.arange(B * S).view(B, S) % 2, torch.randn(B, S)

@@ -30,18 +30,28 @@ iterations = 1
 prompts = 4
 group_size = 4
 """
+FLOW = BASE.replace("pipelines.vlm:load", "pipelines.diffusion:load").replace(
+    "max_new_tokens = 8", "call = { num_inference_steps = 10 }"
+)
 PUBLISHED = """
 mc_grpo risk_mvar gdpo gaussian_rank ngrpo dist_centric token_hidden_reward unlikeliness gigpo salt_graph edge_grpo dr_irl_scaling
 elastic_clip hybrid_ratio disco asymre opmd red_drop red_weight dno entropy_clip_batch entropy_clip_vocabulary grpo two_grpo dr_grpo
 dapo lite_ppo rloo reinforce_pp reinforce_pp_baseline gspo gspo_token gmpo cispo sapo luspo vespo two_sided tis mis off_policy_mask
 top_entropy entropy_bonus a_star_po group_replay nft nft_plain awm awm_tuned dgpo gdro
+top_entropy entropy_bonus a_star_po group_replay flow_grpo flow_grpo_fast flow_grpo_trunk dance_grpo mix_grpo guard flow_dppo
+vgpo euphonium mix_grpo_flash tempflow e_grpo
 """.split()
 
 
-def loaded(folder: Path, *lines: str) -> Recipe:
+def loaded(folder: Path, *lines: str, base: str = BASE) -> Recipe:
     path = folder / "mine.toml"
-    path.write_text("\n".join(lines) + "\n" + BASE, encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n" + base, encoding="utf-8")
     return load(path)
+
+
+def base_of(name: str) -> str:
+    """A recipe without a method, of a policy that has what the method says of it."""
+    return FLOW if "policy" in find(name, "").recipe else BASE
 
 
 def test_the_published_methods_are_there():
@@ -50,16 +60,16 @@ def test_the_published_methods_are_there():
 
 @every
 def test_a_method_is_one_line_of_a_recipe_and_equals_its_part_written_out(tmp_path, name):
-    short = loaded(tmp_path, f'method = "{name}"')
+    short = loaded(tmp_path, f'method = "{name}"', base=base_of(name))
     assert short.method == name
     parts = find(name, "").recipe
-    merged = {**tomllib.loads(BASE)}
+    merged = {**tomllib.loads(base_of(name))}
     for section, options in parts.items():
         merged[section] = {**options, **merged.get(section, {})}
     (tmp_path / "long.toml").write_text(write(merged), encoding="utf-8")
     long = load(tmp_path / "long.toml")
     assert (short.advantage, short.objective, short.loss) == (long.advantage, long.objective, long.loss)
-    assert (short.train, short.entropy) == (long.train, long.entropy)
+    assert (short.train, short.entropy, short.policy) == (long.train, long.entropy, long.policy)
     (tmp_path / "again.toml").write_text(resolved(short), encoding="utf-8")
     assert load(tmp_path / "again.toml") == short
 
@@ -70,6 +80,8 @@ def test_its_parts_are_built_and_its_definition_can_be_read(name):
     for section in ("advantage", "objective"):
         if section in method.recipe:
             assert callable(build(method.recipe[section], section))
+    for option, value in method.recipe.get("policy", {}).items():
+        assert option == "same_noise" or callable(build(value, f"policy.{option}"))
     text = definition(name)
     assert method.paper in text and f'method = "{name}"' in text and all(need in text for need in needs(method))
     if method.status != "exact":
@@ -89,6 +101,27 @@ def test_what_the_user_writes_wins(tmp_path):
         other.objective == {"build": "mmgrpo.objectives:cispo", "cap": 5.0} and other.loss.aggregation == "token_mean"
     )
     assert loaded(tmp_path, 'method = "two_grpo"').train.group_size == 4  # the recipe's own
+
+
+def test_a_part_of_the_policy_lies_under_any_that_has_its_options(tmp_path):
+    found = loaded(
+        tmp_path, 'method = "mix_grpo"', base=FLOW.replace("[prompts]", "same_noise = true\n[prompts]")
+    ).policy
+    assert found["build"] == "pipelines.diffusion:load" and found["same_noise"] is True
+    assert found["plan"]["size"] == 4 and found["plan"]["order"] == "progressive"
+    mine = 'sampler = { build = "mmgrpo.transitions:cps", eta = 0.5 }\n[prompts]'
+    found = loaded(tmp_path, 'method = "mix_grpo"', base=FLOW.replace("[prompts]", mine)).policy
+    assert found["sampler"] == {"build": "mmgrpo.transitions:cps", "eta": 0.5} and found["plan"]["size"] == 4
+
+
+def test_a_policy_without_the_options_of_a_method_is_refused(tmp_path):
+    with pytest.raises(
+        RecipeError,
+        match=r"^mine\.toml: method: 'mix_grpo' needs a policy with the option 'sampler', which pipelines\.vlm",
+    ):
+        loaded(tmp_path, 'method = "mix_grpo"')
+    with pytest.raises(RecipeError, match=r"policy\.build: missing"):
+        loaded(tmp_path, 'method = "mix_grpo"', base=FLOW.replace('build = "pipelines.diffusion:load"', ""))
 
 
 def test_an_unknown_method_is_told_the_nearest_name(tmp_path):

@@ -26,10 +26,11 @@ NEEDS_DRAWS = {"nft", "nft_plain", "awm", "awm_tuned", "dgpo", "gdro"}
 NEEDS_PARTS, NEEDS_EDGES, NEEDS_STEPS, NEEDS_COLUMNS, NEEDS_REWARDS = (
     {"process"},
     {"edge_grpo"},
-    {"guard", "flow_dppo", "noise_weights"},
+    {name for name in catalogue() if "policy" in find(name, "").recipe} | {"guard", "noise_weights"},
     {"dr_irl_scaling", "a_star_po"},
     {"lightning_rl"},
 )
+NEEDS_FACTS = {"vgpo", "euphonium"}  # of rewards of single steps
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Case:
 
 
 CASES = [
-    Case("demo_image", frozenset(TOKENS | NEEDS_PARTS | NEEDS_EDGES | NEEDS_COLUMNS | NEEDS_REWARDS | NEEDS_DRAWS)),
+    Case(
+        "demo_image",
+        frozenset(TOKENS | NEEDS_PARTS | NEEDS_EDGES | NEEDS_COLUMNS | NEEDS_REWARDS | NEEDS_FACTS | NEEDS_DRAWS),
+    ),
     Case("demo_vlm", frozenset(NEEDS_PARTS | NEEDS_EDGES | NEEDS_STEPS | NEEDS_COLUMNS | NEEDS_REWARDS | NEEDS_DRAWS)),
 ]
 
@@ -56,7 +60,14 @@ def table_of(case: Case, name: str, questions: Path) -> dict[str, Any]:
     size = find(name, "").recipe.get("train", {}).get("group_size", 4)
     table["train"] = {**SMALL, "group_size": size}
     shipped = assets.folder(case.recipe.removeprefix("demo_") + "_demo")
-    table["policy"] |= {"model": str(shipped)}
+    named = find(name, "").recipe.get("policy", {})
+    table["policy"] = {key: value for key, value in table["policy"].items() if key not in named} | {
+        "model": str(shipped)
+    }
+    if named and case.recipe == "demo_image":
+        table["policy"] |= {"call": {"num_inference_steps": 16 if name == "e_grpo" else 10}}
+    if "routes" in named:
+        table["policy"].pop("plan", None)
     prompts = shipped / "prompts" / "train.jsonl" if case.recipe == "demo_image" else questions
     table["prompts"] |= {"source": str(prompts), "limit": 8}
     table["optimizer"] |= {"learning_rate": 1e-4}
@@ -67,12 +78,11 @@ def table_of(case: Case, name: str, questions: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.recipe)
 def test_a_method_trains_the_demo_or_says_what_is_missing(case, name, questions, tmp_path):
     (tmp_path / "mine.toml").write_text(write(table_of(case, name, questions)), encoding="utf-8")
-    recipe = load(tmp_path / "mine.toml")
     if name in case.refused:
         with pytest.raises((Unsound, ValueError), match=r"needs|lacks"):
-            train(recipe, tmp_path / "run")
+            train(load(tmp_path / "mine.toml"), tmp_path / "run")
         return
-    run = train(recipe, tmp_path / "run")
+    run = train(load(tmp_path / "mine.toml"), tmp_path / "run")
     lines = [line for line in journal.read(tmp_path / "run") if "update/loss" in line]
     assert run.iteration == 2
     assert all(math.isfinite(float(line["update/loss"] or 0)) for line in lines)

@@ -268,6 +268,7 @@ def test_a_mistake_is_one_line_that_names_the_key(demo: Path, override: str, mes
         (["train.group_size=1"], "train.group_size"),
         (["train.updates=3"], "train.updates"),
         (["train.keep_share=0.1"], "train.keep_share"),
+        (["train.keep_among='batch'", "train.keep_share=1.0"], "train.keep_among"),
         (["train.evaluate_every=5"], "train.evaluate_every"),
         (["loss.kl_weight=0.1"], "loss.kl_weight"),
         (['loss.kl_kinds={token="k3"}'], "loss.kl_kinds"),

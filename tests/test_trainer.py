@@ -16,9 +16,12 @@ import torch
 from mmgrpo import checkpoint, journal
 from mmgrpo.check import examine
 from mmgrpo.evaluation import evaluate
+from mmgrpo.gathering import gather
+from mmgrpo.journal import Stopwatch
 from mmgrpo.recipe import Recipe, load
 from mmgrpo.run import start
-from mmgrpo.trainer import resume, train
+from mmgrpo.trainer import improve, resume, train
+from mmgrpo.types import Advantage
 from pipelines import assets
 
 SMALL = [
@@ -145,6 +148,28 @@ def test_evaluation_with_a_checkpoint_uses_its_averaged_weights(tmp_path):
     assert before.keys() == after.keys() == {"soft", "exact", "distance"}
     assert before["distance"] != after["distance"]
     assert json.loads((tmp_path / "after" / "scores.json").read_text()) == after
+
+
+def improved(advantage: Advantage, *overrides: str) -> dict[str, float]:
+    """Metrics of an update of the demo, whose four groups of four samples are judged as given."""
+    run = start(recipe("train.updates=1", *overrides))
+    return improve(run, gather(run, Stopwatch(run.device)), advantage)
+
+
+def test_the_best_and_worst_are_kept_of_each_group_or_of_all_that_was_generated():
+    values = torch.tensor([4.0, 3, 2, 1, *[0] * 8, -1, -2, -3, -4])
+    advantage = Advantage(values, torch.ones(16, dtype=torch.bool))
+    assert improved(advantage, "train.keep_share=0.5")["update/samples"] == 4  # of the first and the last group
+    assert improved(advantage, "train.keep_share=0.5", "train.keep_among='batch'")["update/samples"] == 8
+
+
+def test_a_sample_whose_separate_advantages_cancel_is_not_left_out():
+    several = torch.zeros(2, 16)
+    several[:, 3], several[0, 5] = torch.tensor([1.0, -1.0]), 1.0
+    keep = torch.ones(16, dtype=torch.bool)
+    every = "train.keep_share=1.0"
+    assert improved(Advantage(several.sum(0), keep, separate=several), every)["update/samples"] == 2
+    assert improved(Advantage(several.sum(0), keep), every)["update/samples"] == 1
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
