@@ -248,7 +248,7 @@ MISTAKES = [
     ("watch.action=halt", "demo.toml: watch.action: 'halt' arrived; expected 'stop', 'slow', 'tell' or 'off'"),
     ("watch.norm_factor=1.0", "demo.toml: watch.norm_factor: 1.0 arrived; expected a value greater than 1"),
     ("watch.fall=0", "demo.toml: watch.fall: 0 arrived; expected a value greater than 0"),
-    ("watch.guard={blue='more'}", "demo.toml: watch.guard.blue: 'more' arrived; expected 'higher' or 'lower'"),
+    ("watch.guard={blue='more'}", "demo.toml: watch.guard: 'more' arrived; expected 'higher' or 'lower'"),
     ("watch.guarded={}", "demo.toml: watch.guarded: unknown key; did you mean 'guard'?"),
     ("watch.guard={bleu='higher'}", "demo.toml: watch.guard: 'bleu' arrived; did you mean 'blue'?"),
     ("train.iterations", "override 'train.iterations': expected key=value"),

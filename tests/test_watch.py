@@ -106,7 +106,7 @@ def test_a_stopped_run_is_saved_with_its_result_and_goes_on_only_when_told_to(tm
 
 @pytest.mark.slow
 def test_without_averages_the_best_earlier_weights_are_named_and_an_unwatched_run_goes_to_its_end(tmp_path, capsys):
-    run = train(recipe(*NERVOUS, "ema.decay=0.0"), tmp_path / "run")
+    train(recipe(*NERVOUS, "ema.decay=0.0"), tmp_path / "run")
     saved, rewards = checkpoint.saved(tmp_path / "run"), rollouts(tmp_path / "run")
     before = sorted(saved)[:-1]
     assert len(before) == 3
@@ -146,7 +146,7 @@ RUN = (
     "policy.rollout_rows=96",
     "policy.replay_rows=96",
 )
-CAUGHT = 6  # iterations after the beginning of a collapse
+CAUGHT = 8  # iterations after the beginning of a collapse
 
 
 def curve(folder: Path) -> list[float]:
@@ -174,7 +174,7 @@ def test_a_collapse_is_caught_while_the_averaged_weights_are_as_good_as_ever(cas
     assert "the reward of rollouts fell" in run.history.stopped or "the gradient norm was over" in run.history.stopped
     assert case.begins < run.iteration <= case.begins + CAUGHT
     caught = curve(tmp_path)
-    assert caught[-1] > max(caught) - 0.06
+    assert caught[-1] > max(caught) - 0.1
     assert caught[-1] > journal.read(tmp_path)[-1]["reward/soft/mean"] + 0.4, "the weights of today are ruined already"
     assert_exported(run, checkpoint.saved(tmp_path)[run.iteration] / "model")
     resume(tmp_path, ["watch.action=off"])
