@@ -73,6 +73,12 @@ def latest(run: Path) -> Path | None:
     return None
 
 
+def saved(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run that look complete, by the iterations done; of several of one iteration the newest."""
+    whole = [path for path in _checkpoints(run) if _flaw(path, thorough=False) is None]
+    return {int(path.name.rpartition("_")[2]): path for path in whole}
+
+
 def read(path: Path) -> tuple[TensorFiles, dict[str, object]]:
     """Tensors (on the CPU) and facts of a checkpoint, as given to `write`; raises ValueError if it is not complete."""
     flaw = _flaw(path, thorough=True)
@@ -80,7 +86,13 @@ def read(path: Path) -> tuple[TensorFiles, dict[str, object]]:
         raise ValueError(f"cannot read checkpoint {path}: {flaw}")
     manifest = json.loads((path / "manifest.json").read_text())
     tensors = {name: aligned(load_file(path / f"{name}.safetensors")) for name in manifest["tensors"]}
-    return tensors, json.loads((path / "facts.json").read_text())
+    return tensors, facts(path)
+
+
+def facts(path: Path) -> dict[str, object]:
+    """The facts of a checkpoint alone, without proof that it is complete."""
+    found: dict[str, object] = json.loads((path / "facts.json").read_text())
+    return found
 
 
 def aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

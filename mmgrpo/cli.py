@@ -44,14 +44,17 @@ def train(recipe: RecipeName, overrides: Overrides = None, output: Output = None
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
-    """Go on with a run from its newest complete checkpoint, in the folder where it was started."""
+def resume(
+    run: Annotated[Path, typer.Argument(help="Folder of the run, or of one of its checkpoints.")],
+    overrides: Overrides = None,
+) -> None:
+    """Go on with a run from its newest complete checkpoint, or from the one named, in the folder where it was started."""
     if not run.is_dir():
         raise FileNotFoundError(f"no run in {str(run)!r}: there is no such folder")
     from mmgrpo.trainer import resume as go_on
 
     with interruptible(run):
-        go_on(run)
+        go_on(run, overrides or ())
 
 
 @app.command()

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from mmgrpo.components import build
 from mmgrpo.facts import facts
-from mmgrpo.toml import RecipeError
+from mmgrpo.toml import RecipeError, nearest
 
 if TYPE_CHECKING:
     from mmgrpo.recipe import Recipe
@@ -15,7 +15,7 @@ Problems = dict[str, str | bool]  # key -> what is wrong with it, or nothing
 
 def refuse_contradictions(recipe: "Recipe", where: str) -> None:
     """Raise RecipeError naming the first key that contradicts another."""
-    found = in_training(recipe) | in_recall(recipe) | in_loss(recipe, where) | in_entropy(recipe)
+    found = in_training(recipe) | in_recall(recipe) | in_loss(recipe, where) | in_entropy(recipe) | in_watch(recipe)
     for key, problem in found.items():
         if problem:
             raise RecipeError(f"{where}{key}: {problem}")
@@ -108,3 +108,19 @@ def in_entropy(recipe: "Recipe") -> Problems:
         )
         and f"{entropy.band} arrived with entropy.band_weight {entropy.band_weight}; expected [low, high] and a weight, or neither",
     }
+
+
+def in_watch(recipe: "Recipe") -> Problems:
+    """What is wrong with the scores that are guarded."""
+    watch, train, known = recipe.watch, recipe.train, [reward.name for reward in recipe.rewards]
+    strange = [name for name in watch.guard if name.partition(".")[0] not in known]
+    unseen = watch.action == "off" or train.evaluate_every == 0 or train.stage != "align"
+    problem: str | bool = False
+    if strange:
+        problem = f"{strange[0]!r} arrived{nearest(strange[0], known)}; expected names of [[rewards]]"
+    elif watch.guard and unseen:
+        problem = (
+            f"{dict(watch.guard)} arrived with watch.action {watch.action!r}, train.evaluate_every {train.evaluate_every} "
+            f"and train.stage {train.stage!r}; expected held-out scores to look at, in the stage 'align'"
+        )
+    return {"watch.guard": problem}

@@ -26,6 +26,7 @@ def clip_gradient(run: Run) -> float:
     if not torch.isfinite(norm):
         bad = [name for name, value in parameters.items() if value.grad is not None and not value.grad.isfinite().all()]
         raise NonFiniteError(f"the gradient of {bad[0]!r} is not finite ({len(bad)} parameters in all)")
+    run.norms.append(float(norm))
     return float(norm)
 
 

@@ -167,6 +167,21 @@ class Recall:
     age: Count = 10  # iterations after which a group is forgotten
 
 
+@section
+@dataclass(frozen=True)
+class Watch:
+    """[watch] What is done when training goes wrong: mmgrpo/signs.py says how that looks."""
+
+    action: Literal["stop", "slow", "tell", "off"] = "stop"  # "slow": the learning rate is lowered, three times at most
+    after: Count = 10  # iterations before the first judgement, and after each lowering before the next
+    norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 4.0  # gradient norm over its running median
+    norm_updates: Count = 3  # updates that are over it, none of their iterations without one
+    fall: Positive = 0.15  # of the rollouts' reward from its best, in standard deviations of the first samples' rewards
+    saturated: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of groups without spread that is acted on; 1 is never
+    slow_to: Annotated[float, Field(gt=0, lt=1)] = 0.5  # what "slow" multiplies the learning rate by
+    guard: Mapping[str, Literal["higher", "lower"]] = field(default_factory=dict)  # held-out scores: which way is good
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that a run depends on; what the file left out has its default."""
@@ -187,6 +202,7 @@ class Recipe:
     entropy: Entropy = Entropy()
     recall: Recall = Recall()
     behaviour: Behaviour = Behaviour()
+    watch: Watch = Watch()
 
 
 OWN = ("name", "weight", "held_out_only")  # keys of a reward's table that are not options of its component
@@ -240,6 +256,7 @@ def _recipe(table: Table, where: str) -> Recipe:
         entropy=part("entropy", Entropy),
         recall=part("recall", Recall),
         behaviour=part("behaviour", Behaviour),
+        watch=part("watch", Watch),
     )
 
 

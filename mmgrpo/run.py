@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from mmgrpo.recall import Kept, packed, unpacked
 from mmgrpo.recipe import Loss as LossOptions
 from mmgrpo.recipe import Recipe, build
 from mmgrpo.shadow import Reference, Shadow
+from mmgrpo.signs import History
 from mmgrpo.types import KINDS, AdvantageFunction, Policy, Prompt, Reward
 
 COUNTERS = ("iteration", "rollouts", "updates", "samples")
@@ -45,6 +47,8 @@ class Run:
     bonus: Bonus = Bonus(0.0)  # of the entropy
     watched: dict[str, Reward] = field(default_factory=dict)  # of the held-out samples alone
     kept: list[Kept] = field(default_factory=list)  # groups that may stand in for others
+    history: History = History()  # of what the watch reads
+    norms: list[float] = field(default_factory=list)  # of the gradient before it is clipped, since the watch read them
     iteration: int = 0  # the next one
     rollouts: int = 0  # so far: the position in the prompts
     updates: int = 0  # optimizer updates so far
@@ -64,11 +68,11 @@ class Run:
         return nullcontext() if self.average is None else self.average.applied()
 
     def learning_rate(self) -> float:
-        """Warm-up, then constant or falling to a tenth over the run."""
+        """Warm-up, then constant or falling to a tenth over the run; less after each alarm of a watch that slows."""
         options, total = self.recipe.optimizer, self.recipe.train.iterations
         warm = min(1.0, (self.iteration + 1) / options.warmup) if options.warmup else 1.0
         fall = 1 - 0.9 * self.iteration / total if options.decay == "linear" else 1.0
-        return options.learning_rate * warm * fall
+        return options.learning_rate * warm * fall * self.recipe.watch.slow_to**self.history.slowed
 
 
 def start(recipe: Recipe) -> Run:
@@ -159,7 +163,8 @@ def save(run: Run, folder: Path) -> Path:
     if adaptation(run.recipe) is not None:
         tensors["entropy"] = {"bonus": torch.tensor(run.bonus, dtype=torch.float64)}  # weight, last
     counters = {name: getattr(run, name) for name in COUNTERS}
-    facts = {"counters": counters, "optimizer": moments.facts, "random": random.facts}
+    watch = packing.pack(asdict(run.history)).facts
+    facts = {"counters": counters, "optimizer": moments.facts, "random": random.facts, "watch": watch}
     if run.recipe.recall.groups:
         tensors["recall"], facts["recall"] = packed(run.kept)
 
@@ -167,7 +172,8 @@ def save(run: Run, folder: Path) -> Path:
         with run.averaged():
             run.policy.save(path / "model")
 
-    return checkpoint.write(folder, run.iteration, tensors, facts, keep=run.recipe.train.keep, extra=export)
+    keep = run.recipe.train.keep + bool(run.history.stopped)  # the one of a run that failed costs no earlier one
+    return checkpoint.write(folder, run.iteration, tensors, facts, keep=keep, extra=export)
 
 
 def restore(run: Run, path: Path) -> Run:
@@ -186,9 +192,16 @@ def restore(run: Run, path: Path) -> Run:
         run.bonus = Bonus(*tensors["entropy"]["bonus"].tolist())
     if run.recipe.recall.groups:
         run.kept = unpacked(packing.Packed(tensors["recall"], facts["recall"]), run.prompts)
+    run.history = remembered(facts)
     counters = facts["counters"]
     assert isinstance(counters, dict) and counters.keys() == set(COUNTERS)
     return replace(run, **counters)
+
+
+def remembered(facts: Mapping[str, object]) -> History:
+    """What the watch had read when a checkpoint with these facts was written."""
+    history: Any = packing.unpack(packing.Packed({}, facts["watch"]))
+    return History(**history)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 A run of the stage "pretrain" has a supervised lesson (mmgrpo/teaching.py) in the place of the first four.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +12,11 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mmgrpo import checkpoint, diagnostics
+from mmgrpo import checkpoint, diagnostics, watch
 from mmgrpo.aggregations import token_mean
 from mmgrpo.check import require_sound
 from mmgrpo.descent import clip_gradient, follow_entropy, step, today
-from mmgrpo.evaluation import look, remember, report
+from mmgrpo.evaluation import look, newest, remember, report
 from mmgrpo.gathering import Gathered, gather, held_back, recalled, store
 from mmgrpo.improve import Given, Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
@@ -25,6 +25,7 @@ from mmgrpo.recall import anchored
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
 from mmgrpo.selection import extremes, imitated, minibatches, of_decisions, separated
+from mmgrpo.signs import History
 from mmgrpo.teaching import lesson
 from mmgrpo.types import Advantage, Trajectory
 
@@ -44,31 +45,40 @@ def begin(run: Run, folder: Path) -> Run:
     return loop(run, folder)
 
 
-def resume(folder: Path) -> Run:
-    """Continue a run from its newest complete checkpoint, as if it had never stopped."""
-    path = checkpoint.latest(folder)
-    if path is None:
-        raise FileNotFoundError(f"{folder} holds no complete checkpoint to resume from")
-    return loop(restore(start(load(folder / "recipe.toml")), path), folder)
+def resume(place: Path, overrides: Sequence[str] = ()) -> Run:
+    """Continue a run from its newest complete checkpoint, or from the one named, as if it had never stopped.
+
+    Overrides become part of the run's recipe. With some, a run that its watch had stopped goes on, and is watched anew.
+    """
+    path = newest(place)
+    folder = path.parents[1]
+    recipe = load(folder / "recipe.toml", overrides)
+    run = restore(start(recipe), path)
+    if overrides:
+        (folder / "recipe.toml").write_text(resolved(recipe), encoding="utf-8")
+        run.history = History() if run.history.stopped else run.history
+    return loop(run, folder)
 
 
 def loop(run: Run, folder: Path) -> Run:
-    """Iterate to the end of the recipe, or to the next interrupt, which is saved and raised as Interrupted."""
+    """Iterate until the recipe's end, or the watch's stop, or an interrupt, which is saved and raised as Interrupted."""
     options = run.recipe.train
     written = Journal(folder, resume_at=run.iteration, trackers=options.trackers)
     with written as journal, listening() as interrupts, progress() as bar:
         if run.held_out and options.evaluate_every and run.iteration == 0:
             remember(run, folder)
         task = bar.add_task(options.stage, total=options.iterations, completed=run.iteration, note="")
-        while run.iteration < options.iterations:
+        while run.iteration < options.iterations and not run.history.stopped:
             metrics = guarded_iteration(run, folder)
             if run.held_out and due(run, options.evaluate_every):
                 metrics |= look(run, folder)
+            metrics = watch.attend(run, metrics, folder)
             journal.write(run.iteration, metrics)
             bar.update(task, advance=1, note=note(metrics))
             run.iteration += 1
             stop_or_save(run, folder, interrupts)
     report(folder)
+    watch.report(run, folder)
     return run
 
 
@@ -78,13 +88,13 @@ def due(run: Run, every: int) -> bool:
 
 
 def stop_or_save(run: Run, folder: Path, interrupts: Interrupts) -> None:
-    """Save at the recipe's intervals, at the end, and before stopping on request."""
+    """Save at the recipe's intervals, at the end, for the watch, and before stopping on request."""
     options = run.recipe.train
     if interrupts.signal is not None:
         save(run, folder)
         done = f"stopped after iteration {run.iteration} of {options.iterations}, saved"
         raise Interrupted(f"{done}; continue with: mmgrpo resume {folder}", interrupts.signal)
-    if run.iteration % options.save_every == 0 or run.iteration == options.iterations:
+    if run.iteration % options.save_every == 0 or run.iteration == options.iterations or watch.wants_checkpoint(run):
         save(run, folder)
 
 
@@ -208,7 +218,8 @@ STAGES = {"align": iteration, "pretrain": lesson}
 def note(metrics: Mapping[str, float]) -> str:
     """What the bar shows beside the count."""
     rewarded = metrics.get("reward/total/mean")
-    return f"loss {metrics['teach/loss']:.4g}" if rewarded is None else f"reward {rewarded:.3f}"
+    shown = f"loss {metrics['teach/loss']:.4g}" if rewarded is None else f"reward {rewarded:.3f}"
+    return f"{shown}, see {watch.FILE}" if metrics.get("watch/lines") else shown
 
 
 def progress() -> Progress:

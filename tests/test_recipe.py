@@ -245,6 +245,12 @@ MISTAKES = [
     ("prompts.txt=caption", "demo.toml: prompts.txt: unknown key; did you mean 'text'?"),
     ("prompts={text='a'}", "demo.toml: prompts.source: missing"),
     ("evaluation.sample=2", "demo.toml: evaluation.sample: unknown key; did you mean 'samples'?"),
+    ("watch.action=halt", "demo.toml: watch.action: 'halt' arrived; expected 'stop', 'slow', 'tell' or 'off'"),
+    ("watch.norm_factor=1.0", "demo.toml: watch.norm_factor: 1.0 arrived; expected a value greater than 1"),
+    ("watch.fall=0", "demo.toml: watch.fall: 0 arrived; expected a value greater than 0"),
+    ("watch.guard={blue='more'}", "demo.toml: watch.guard: 'more' arrived; expected 'higher' or 'lower'"),
+    ("watch.guarded={}", "demo.toml: watch.guarded: unknown key; did you mean 'guard'?"),
+    ("watch.guard={bleu='higher'}", "demo.toml: watch.guard: 'bleu' arrived; did you mean 'blue'?"),
     ("train.iterations", "override 'train.iterations': expected key=value"),
     ("=5", "override '=5': expected key=value"),
     ("a b=5", "override 'a b=5': expected key=value"),
@@ -287,6 +293,8 @@ def test_a_mistake_is_one_line_that_names_the_key(demo: Path, override: str, mes
         (["entropy.least=0.3", "entropy.most=0.2"], "entropy.most"),
         (["entropy.band=[1.0, 2.0]"], "entropy.band"),
         (["entropy.band=[2.0, 1.0]", "entropy.band_weight=0.1"], "entropy.band"),
+        (["watch.guard={blue='higher'}"], "watch.guard"),
+        (["watch.guard={bleu='higher'}", "evaluation.source=a.jsonl", "train.evaluate_every=5"], "watch.guard"),
     ],
 )
 def test_a_combination_that_would_train_wrongly_is_refused(demo: Path, overrides: list[str], key: str) -> None:
@@ -373,7 +381,19 @@ def test_a_missing_package_of_a_component_is_named(demo: Path) -> None:
 
 
 def test_there_are_fewer_than_sixty_options() -> None:
-    kinds = ("Prompts", "Evaluation", "Reward", "Loss", "Entropy", "Reference", "Ema", "Optimizer", "Train", "Recall")
+    kinds = (
+        "Prompts",
+        "Evaluation",
+        "Reward",
+        "Loss",
+        "Entropy",
+        "Reference",
+        "Ema",
+        "Optimizer",
+        "Train",
+        "Recall",
+        "Watch",
+    )
     assert sum(len(fields(vars(sections)[kind])) for kind in kinds) < 60
 
 
