@@ -1,0 +1,70 @@
+"""The methods: a recipe and what is laid over it in the language of the command line, where later lines win.
+
+A row that starts from `FLOW_GRPO` differs from the baseline in its overrides alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+FLOW_GRPO = Path(__file__).with_name("flow_grpo.toml")
+DEMO = Path(str(files("pipelines") / "recipes" / "demo_image.toml"))
+SHARED = (  # by every method: the arithmetic, and the reward alone, without what is watched
+    "policy.autocast='bfloat16'",
+    "rewards=[{name='soft', build='rewards.shapes:shape_reward'}]",
+    "evaluation.source=''",
+    "train.evaluate_every=0",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    name: str
+    title: str
+    paper: str
+    overrides: Sequence[str] = ()
+    base: Path = FLOW_GRPO
+    budget: float = 120.0  # processor seconds of training
+
+
+METHODS = (
+    Method("baseline", "Flow-GRPO", "arXiv 2505.05470"),
+    Method(
+        "fast",
+        "Flow-GRPO-Fast: 2 steps of the first half, drawn in each iteration",
+        "arXiv 2505.05470",
+        ("policy.plan={build='mmgrpo.schedules:random_window', size=2}",),
+    ),
+    Method(
+        "window",
+        "MixGRPO: a window of 2 steps that moves on every 4 iterations",
+        "arXiv 2507.21802",
+        ("policy.plan={build='mmgrpo.schedules:window', size=2, every=4}",),
+    ),
+    Method(
+        "tempflow",
+        "TempFlow-GRPO: steps weighted by their noise",
+        "arXiv 2508.04324",
+        (
+            "objective={build='mmgrpo.denoising:noise_weighted', scale=2.607, "  # 1 over the mean std of the 7 steps
+            "objective={build='mmgrpo.objectives:clipped', low=1e-3, high=1e-3}}",
+        ),
+    ),
+    Method(
+        "guard",
+        "GRPO-Guard: ratios normalized, clip 1e-4",
+        "arXiv 2510.22319",
+        ("objective={build='mmgrpo.objectives:guarded', low=1e-4, high=1e-4}",),
+    ),
+    Method(
+        "dppo",
+        "Flow-DPPO: a bound of the divergence, 1e-5",
+        "arXiv 2606.11025",
+        ("objective={build='mmgrpo.denoising:divergence_bound', limit=1e-5}",),
+    ),
+    Method("demo", "the recipe of the demo", "`mmgrpo demo image`", base=DEMO),
+)
+BASELINE = METHODS[0]
