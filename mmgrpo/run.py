@@ -43,7 +43,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     reference: Reference
     average: Shadow | None
-    behaviour: Behaviour
+    behaviour: Behaviour = field(default_factory=lambda: Behaviour({}))  # samples: today's weights, or such as lag
     bonus: Bonus = Bonus(0.0)  # of the entropy
     watched: dict[str, Reward] = field(default_factory=dict)  # of the held-out samples alone
     kept: list[Kept] = field(default_factory=list)  # groups that may stand in for others

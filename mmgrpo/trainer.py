@@ -166,7 +166,7 @@ class Judged(NamedTuple):
     keep: Tensor  # (B,) bool
     imitate: Tensor | None  # (B,) bool
     reward: Tensor  # (B, S) the total of its sample
-    separate: Tensor | None  # (B, S, K) of which the advantages are the sum
+    separate: Tensor | None = None  # (B, S, K) of which the advantages are the sum
 
 
 def weighed(run: Run, trajectory: Trajectory, judged: Judged, rows: Tensor) -> Part:
