@@ -21,6 +21,7 @@ from mmgrpo.recipe import Recipe, load
 from mmgrpo.run import Run, load_weights, start
 from mmgrpo.trainer import iteration
 from pipelines import assets
+from pipelines.diffusion import DiffusionPolicy
 
 from .methods import FLOW_GRPO, SHARED, Method
 
@@ -102,6 +103,7 @@ def measured(method: Method, seed: int, conditions: Conditions) -> dict[str, Any
 
 def curve_of(run: Run, judging: Run, budget: float, every: float) -> tuple[dict[str, list[float]], str]:
     """Train to the end of the budget or of the recipe; -> the curve, and why it ended before if it did."""
+    assert isinstance(run.policy, DiffusionPolicy)
     counter = Counter(run.policy.engine.pipeline.transformer.proj_out)
     points, spent, stopped = [point(run, judging, 0.0, counter)], 0.0, ""
     while spent < budget and run.iteration < run.recipe.train.iterations and not stopped:

@@ -1,7 +1,7 @@
 """The runs as a table and as a picture."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -78,7 +78,7 @@ def long_row(times: int, one: Summary) -> list[str]:
     return [named(one), str(times), f"{one.peak:.2f}", *ending(one)]
 
 
-def joined(values: object) -> str:
+def joined(values: Iterable[float | None]) -> str:
     return " / ".join("-" if value is None else f"{value:.1f}" for value in values)
 
 
