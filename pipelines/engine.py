@@ -16,10 +16,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from mmgrpo import seeds
-from mmgrpo.transitions import Level
 from mmgrpo.types import Batch, Prompt, Samples
 from pipelines import arguments, thinning
 from pipelines.guides import steered_steps
+from pipelines.levels import Levels
 from pipelines.listeners import STRAIGHT_ON, Recorder, Way
 from pipelines.memo import Memo
 from pipelines.options import Layout, Options
@@ -72,12 +72,12 @@ class Engine:
         self.layout.steps = recorder.counter.group + 1
         self.layout.parts = dict(recorder.parts)
 
-    def schedule(self, prompt: Prompt, changed: Mapping[str, Any] | None = None) -> list[Level]:
-        """The noise levels of the schedule that the pipeline sets, its end included; raises ValueError if it sets none."""
-        found: list[Level] = []
+    def schedule(self, prompt: Prompt, changed: Mapping[str, Any] | None = None) -> list[Levels]:
+        """The steps of the schedule that the pipeline sets; raises ValueError if it sets none."""
+        found: list[Levels] = []
 
         def note(scheduler: SchedulerMixin) -> None:
-            found.extend(thinning.levels(scheduler))
+            found.extend(thinning.steps(scheduler))
             raise thinning.Seen
 
         try:

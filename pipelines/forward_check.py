@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmgrpo.data import requests
 from mmgrpo.types import Batch, Finding, Prompt, Trajectory
-from pipelines import replays
+from pipelines import mixed_draws, replays
 from pipelines.decisions import levels_of
 from pipelines.engine import probe_batch
 from pipelines.listeners import by_row
@@ -69,7 +69,8 @@ def settle(process: "ForwardProcess", prompts: Sequence[Prompt]) -> list[str]:
             except REFUSALS as error:
                 reason = shown(error)
             if reason is None:
-                return [f"draws: {way}", *(f"not {other}: {why}" for other, why in tried.items())]
+                missed = [f"not {other}: {why}" for other, why in tried.items()]
+                return [f"draws: {way}", *missed, *share_forward(process, probe_batch(asked, range(rows)))]
             tried[way] = reason
     name = type(engine.pipeline).__name__
     raise ValueError(f"{name} cannot evaluate draws: {'; '.join(f'{way}: {why}' for way, why in tried.items())}")
@@ -93,6 +94,40 @@ def difference(process: "ForwardProcess", batch: Batch) -> str | None:
     return None
 
 
+def share_forward(process: "ForwardProcess", batch: Batch) -> list[str]:
+    """Have rows at different levels share a forward if that is the same; -> a note on how it went."""
+    if len(batch) < 2 or process.draws.sets == 1:
+        return []
+    witness = Witness()
+    record, _ = process.sampled(batch, process.draws.call, witness)
+    nothing = torch.zeros(len(batch), 0, dtype=torch.int64)
+    part, taken = Trajectory(batch, nothing.bool(), nothing, record), [1, witness.last]
+    which = torch.arange(len(batch)) % len(taken)
+    try:
+        found = of_levels(process, part, witness, taken, which)
+    except REFUSALS as error:
+        return [f"rows at different levels are predicted one level at a time: {shown(error)}"]
+    expected = torch.stack([witness.output(step, len(batch)) for step in taken])[which, torch.arange(len(batch))]
+    away = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    process.mixed = away <= ROUNDING[process.engine.dtype()]
+    said = "share a forward" if process.mixed else "are predicted one level at a time"
+    return [f"rows at different levels {said}: it differs by {away:.1e}, relative"]
+
+
+@torch.no_grad()
+def of_levels(
+    process: "ForwardProcess", part: Trajectory, witness: Witness, taken: Sequence[int], which: Tensor
+) -> Tensor:
+    """The outputs of rows that are each at one of some steps of the pipeline's own loop, in one forward; (b, D)."""
+    states = [witness.states[step, 0] for step in taken]
+    steps = process.engine.schedule(part.batch.prompts[0], process.draws.call)
+    levels = [steps[step] for step in taken]
+    calls = mixed_draws.collected(process, part, taken, states, process.draws.call)
+    return mixed_draws.predicted(process, part, calls, states, which, levels, taken, process.draws.call).output.flatten(
+        1
+    )
+
+
 def at_step(process: "ForwardProcess", part: Trajectory, witness: Witness, step: int) -> Tensor:
     """The outputs of the first rows of a call at a step of the pipeline's own loop; (b, D)."""
 
@@ -100,7 +135,7 @@ def at_step(process: "ForwardProcess", part: Trajectory, witness: Witness, step:
         return witness.state(step, piece, like)[: len(like)].reshape(like.shape)
 
     with torch.no_grad():
-        return process.matched(part, [0, step], state, lambda draw, evaluation: None, steps=None)[0]
+        return process.matched(part, [0, step], state, lambda draw, evaluation: None, changed=process.draws.call)[0]
 
 
 def findings(process: "ForwardProcess", prompts: Sequence[Prompt]) -> list[Finding]:

@@ -4,7 +4,7 @@ The rollout is the pipeline's own call with its own scheduler, of any order. A d
 that holds the levels of the draws alone. Axes: B samples, K draws, b rows of one call, D elements of a draw.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mmgrpo import seeds
 from mmgrpo.draws import Draws, noise_seeds, shares, which_set
 from mmgrpo.transitions import Level
 from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
-from pipelines import forward_check, thinning
+from pipelines import forward_check, mixed_draws, thinning
 from pipelines.engine import Engine
-from pipelines.matching import Matcher, Sampling, State, Witness
+from pipelines.levels import Levels
+from pipelines.matching import Emit, Matcher, Sampling, State, Witness, cleans, noise_of, olds
 
 FINE = 1000  # steps of the schedule that levels are taken from
-Emit = Callable[[int, Evaluation], None]
 
 
 class ForwardProcess:
@@ -30,11 +29,12 @@ class ForwardProcess:
     def __init__(self, engine: Engine, draws: Draws) -> None:
         self.engine = engine
         self.draws = draws
-        self.levels: list[Level] = []  # of a fine schedule; FINE of them once the process is settled
+        self.levels: list[Levels] = []  # of a fine schedule; FINE of them once the process is settled
+        self.mixed = False  # rows at different levels share a forward
 
     def settle(self, prompts: Sequence[Prompt]) -> list[str]:
         """Choose the most economical call in which a draw is evaluated as the pipeline's own loop would; -> notes."""
-        self.levels = self.engine.schedule(prompts[0], self.call(FINE))[:-1]
+        self.levels = self.engine.schedule(prompts[0], self.call())
         return forward_check.settle(self, prompts)
 
     def findings(self, prompts: Sequence[Prompt]) -> list[Finding]:
@@ -48,11 +48,11 @@ class ForwardProcess:
     @cached_property
     def noise_shares(self) -> Tensor:
         """Of the fine schedule's levels; (FINE,)."""
-        return torch.stack([thinning.noise_share(level) for level in self.levels])
+        return torch.stack([thinning.noise_share(level.now) for level in self.levels])
 
-    def call(self, steps: int | None) -> dict[str, object]:
-        """The call's arguments in training that are not those of a rollout."""
-        return {**self.draws.call, **({} if steps is None else {"num_inference_steps": steps})}
+    def call(self) -> dict[str, object]:
+        """The call's arguments in training that are not those of a rollout: those of the fine schedule."""
+        return {**self.draws.call, "num_inference_steps": FINE}
 
     # -- rollout ------------------------------------------------------------------------------------------------
 
@@ -118,9 +118,9 @@ class ForwardProcess:
             self._run(part, emit, references)
 
     def _calls(self, trajectory: Trajectory) -> list[Tensor]:
-        """Rows of each call: those of one set of levels share a schedule."""
+        """Rows of each call: where levels cannot share a forward, those of one set of levels."""
         entries = trajectory.record["entry"]
-        _, kinds = entries.unique(dim=0, return_inverse=True)
+        kinds = None if self.mixed else entries.unique(dim=0, return_inverse=True)[1]
         most = torch.tensor(self.engine.options.replay_rows).expand(len(trajectory))
         return list(self.engine.calls(trajectory.batch, most, kinds))
 
@@ -129,9 +129,11 @@ class ForwardProcess:
         return self._run(part, lambda draw, evaluation: None, None)
 
     def _run(self, part: Trajectory, emit: Emit, references: Mapping[int, Tensor] | None) -> dict[int, Tensor]:
-        """One call of the pipeline for rows that share a schedule; -> the outputs of each draw, (b, D)."""
+        """The draws of a call's rows; -> the outputs of each, (b, D)."""
+        if self.mixed:
+            return mixed_draws.evaluated(self, part, emit, references)
         entries = part.record["entry"][0].tolist()
-        state = partial(noised, part, [self.levels[entry] for entry in entries])
+        state = partial(noised, part, [self.levels[entry].now for entry in entries])
         return self.matched(part, [0, *entries], state, emit, references)
 
     def matched(
@@ -141,17 +143,16 @@ class ForwardProcess:
         state: State,
         emit: Emit,
         references: Mapping[int, Tensor] | None = None,
-        steps: int | None = FINE,
+        changed: Mapping[str, object] | None = None,
     ) -> dict[int, Tensor]:
-        """One call on the taken entries of a schedule of so many steps, the denoiser seeing the given states behind the first."""
+        """One call on the taken entries of the fine schedule, or that of changed arguments, with the given states behind the first."""
         engine, record = self.engine, part.record
         matcher = Matcher(
             engine.layout.denoisers, engine.memo, len(taken) - 1, engine.layout.parts, cleans(record), state,
             engine.stub, emit, olds(record), references,
         )  # fmt: skip
-        engine.run(
-            matcher, part.batch, changed=self.call(steps), reschedule=lambda scheduler: thinning.thin(scheduler, taken)
-        )
+        asked = self.call() if changed is None else changed
+        engine.run(matcher, part.batch, changed=asked, reschedule=thinning.thinner(taken))
         if len(matcher.outputs) != len(taken) - 1:
             raise ValueError(
                 f"{type(engine.pipeline).__name__} evaluated {len(matcher.outputs)} of {len(taken) - 1} draws: its loop does not "
@@ -160,26 +161,11 @@ class ForwardProcess:
         return matcher.outputs
 
 
-def cleans(record: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """The latents that samples end with, by part."""
-    return {int(name.split(".")[1]): value for name, value in record.items() if name.startswith("clean.")}
-
-
-def olds(record: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """The outputs of the weights that sampled, by draw."""
-    return {int(name.split(".")[1]): value for name, value in record.items() if name.startswith("old.")}
-
-
 def noised(
     part: Trajectory, levels: Sequence[Level], draw: int, piece: int, like: Tensor, frozen: Tensor | None
 ) -> Tensor:
     """The clean samples noised to the level of a draw, elements without noise left as they are; of the shape of `like`."""
-    record = part.record
-    draw = min(draw, len(levels) - 1)
-    clean = record[f"clean.{piece}"].to(like)
-    row_seeds = [seeds.derive(seed, piece) for seed in record["noise"][:, draw].tolist()]
-    shared = list(dict.fromkeys(row_seeds))
-    noise = seeds.normal(shared, clean.shape[1:])[[shared.index(seed) for seed in row_seeds]].to(like)
-    level = levels[draw]
+    clean = part.record[f"clean.{piece}"].to(like)
+    level, noise = levels[draw], noise_of(part, draw, piece).to(like)
     state = (level.alpha.to(like) * clean + level.sigma.to(like) * noise).reshape(like.shape)
     return state if frozen is None else torch.where(frozen, clean.reshape(like.shape), state)

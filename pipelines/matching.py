@@ -10,7 +10,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from mmgrpo.types import Evaluation
+from mmgrpo import seeds
+from mmgrpo.types import Evaluation, Trajectory
 from pipelines.decisions import Prediction, levels_of, prediction
 from pipelines.listeners import by_row, set_up_call
 from pipelines.memo import Memo
@@ -19,6 +20,7 @@ from pipelines.schedulers import advance
 from pipelines.stubs import StandIn
 from pipelines.tape import Call, Counter, StepResult, Stop
 
+Emit = Callable[[int, Evaluation], None]  # (draw, what it showed)
 State = Callable[
     [int, int, Tensor, Tensor | None], Tensor
 ]  # (draw, part, like, frozen) -> the state that it starts from
@@ -71,7 +73,7 @@ class Matcher:
         clean: Mapping[int, Tensor],
         state: State,
         stub: StandIn,
-        emit: Callable[[int, Evaluation], None],
+        emit: Emit,
         olds: Mapping[int, Tensor],
         references: Mapping[int, Tensor] | None = None,
     ) -> None:
@@ -126,7 +128,7 @@ class Matcher:
             for side in ([one.output for one in self.found], [one.target for one in self.found])
         )
         self.outputs[draw] = output.detach()
-        scale = torch.stack([one.scale for one in self.found]).mean()
+        scale = torch.stack([one.scale.mean() for one in self.found]).mean()
         reference = None if self.references is None else self.references[draw].to(output)
         self.emit(draw, evaluation(output, target, self.olds.get(draw), reference, scale))
 
@@ -136,7 +138,7 @@ class Matched(NamedTuple):
 
     output: Tensor  # the model's, of the sample's shape
     target: Tensor  # what it should have been
-    scale: Tensor  # () |change of the predicted clean sample by the output|
+    scale: Tensor  # |change of the predicted clean sample by the output|: () or (b, 1)
 
 
 def matched(weights: Weights, arguments: Mapping[str, Any], clean: Tensor) -> Matched:
@@ -153,7 +155,8 @@ def matched(weights: Weights, arguments: Mapping[str, Any], clean: Tensor) -> Ma
     skip, scale = (weight.to(output) for weight in weights)
     some = (scale != 0).expand_as(output)
     target = (clean.to(output) - skip * x) / torch.where(scale == 0, 1, scale)
-    return Matched(torch.where(some, output, 0), torch.where(some, target, 0), scale.abs().mean())
+    size = scale.abs() if scale.dim() == 0 else scale.abs().flatten(1).mean(1, keepdim=True)
+    return Matched(torch.where(some, output, 0), torch.where(some, target, 0), size)
 
 
 def first_half(given: Prediction, sample: Tensor) -> Tensor:
@@ -188,3 +191,21 @@ def evaluation(
         old_prediction=before.unsqueeze(1),
         target=target.unsqueeze(1),
     )
+
+
+def cleans(record: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The latents that samples end with, by part."""
+    return {int(name.split(".")[1]): value for name, value in record.items() if name.startswith("clean.")}
+
+
+def olds(record: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The outputs of the weights that sampled, by draw."""
+    return {int(name.split(".")[1]): value for name, value in record.items() if name.startswith("old.")}
+
+
+def noise_of(part: Trajectory, draw: int, piece: int = 0) -> Tensor:
+    """The noise of a draw, computed once for rows that share it; (b, ...) on the CPU."""
+    row_seeds = [seeds.derive(seed, piece) for seed in part.record["noise"][:, draw].tolist()]
+    shared = {seed: place for place, seed in enumerate(dict.fromkeys(row_seeds))}
+    noise = seeds.normal(list(shared), part.record[f"clean.{piece}"].shape[1:])
+    return noise[[shared[seed] for seed in row_seeds]]

@@ -4,6 +4,7 @@ Axes: N entries of a schedule's tables.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import diffusers
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mmgrpo.transitions import Level
 from pipelines import schedulers
-from pipelines.levels import read
+from pipelines.levels import Levels, read
 from pipelines.schedulers import Unsupported
 
 Change = Callable[[SchedulerMixin], None]  # made to a scheduler right after its timesteps are set
@@ -41,11 +42,15 @@ def thin(scheduler: SchedulerMixin, taken: Sequence[int]) -> None:
         scheduler.sigmas = torch.cat([sigmas[index.to(sigmas.device)], sigmas[-1:]])
 
 
-def levels(scheduler: SchedulerMixin) -> list[Level]:
-    """The noise levels at which the steps of a schedule begin, and the one at which the last ends; N + 1, float64 scalars."""
+def thinner(taken: Sequence[int]) -> Change:
+    """What keeps the given entries of a schedule."""
+    return partial(thin, taken=taken)
+
+
+def steps(scheduler: SchedulerMixin) -> list[Levels]:
+    """The steps of a schedule; N of them, float64 scalars."""
     indexed = isinstance(scheduler, schedulers.INDEXED)
-    steps = [read(scheduler, time, place if indexed else None) for place, time in enumerate(scheduler.timesteps)]
-    return [*(step.now for step in steps), steps[-1].next]
+    return [read(scheduler, time, place if indexed else None) for place, time in enumerate(scheduler.timesteps)]
 
 
 class Seen(Exception):  # noqa: N818 - ends a run on purpose

@@ -6,7 +6,6 @@ are computed for one sample of a group. Axes: B samples, S steps of the schedule
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,7 +110,7 @@ def trunk(process: "ReverseProcess", batch: Batch, routes: Sequence[Route]) -> d
 
 def change(taken: Sequence[int], steps: int) -> Change | None:
     """What thins a schedule out to the steps taken; None where all are."""
-    return None if list(taken) == list(range(steps)) else partial(thinning.thin, taken=taken)
+    return None if list(taken) == list(range(steps)) else thinning.thinner(taken)
 
 
 def thinned(part: Trajectory) -> Change | None:
@@ -158,9 +157,9 @@ def schedule_shares(engine: Engine, prompt: Prompt) -> Tensor:
 
     Raises ValueError if the pipeline's loop does not go through its scheduler's timesteps one by one.
     """
-    levels, steps = engine.schedule(prompt), engine.layout.steps
-    if len(levels) != steps + 1:
+    found, steps = engine.schedule(prompt), engine.layout.steps
+    if len(found) != steps:
         raise ValueError(
-            f"policy.routes: the schedule has {len(levels) - 1} timesteps and the loop {steps} steps; expected one for each"
+            f"policy.routes: the schedule has {len(found)} timesteps and the loop {steps} steps; expected one for each"
         )
-    return torch.stack([thinning.noise_share(level) for level in levels])
+    return torch.stack([thinning.noise_share(level) for level in (*(step.now for step in found), found[-1].next)])
