@@ -156,6 +156,7 @@ def load(
     samples of a call at once, one at a time ("sliced"), or each in parts whose seams are blended ("tiled"; conditions are
     encoded in parts too). guide: what moves the stochastic steps of a rollout, such as pipelines.process_reward:guide.
     """
+    require_one_process(sampler=sampler, plan=plan, routes=routes, draws=draws)
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"policy.model is {model!r}, and there is no such folder")
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -179,24 +180,17 @@ def load(
         guide=guide,
     )
     engine = Engine(loaded.to(place), options, f"{model}@{revision}, {dtype}, {autocast}, {decode}", cache)
-    process = chosen_process(engine, sampler is not None, plan, routes, draws)
+    process = ReverseProcess(engine, plan, routes) if draws is None else ForwardProcess(engine, draws)
     return DiffusionPolicy(process, train=train, lora=lora, gradient_checkpointing=gradient_checkpointing)
 
 
-def chosen_process(
-    engine: Engine, sampled: bool, plan: Plan | None, routes: Routes | None, draws: Draws | None
-) -> Process:
-    """The process that the options name; raises ValueError unless they name one."""
-    if draws is not None and plan is None and routes is None and not sampled:
-        return ForwardProcess(engine, draws)
-    if draws is None and sampled and plan is not None and routes is None:
-        return ReverseProcess(engine, plan)
-    if draws is None and sampled and routes is not None and plan is None:
-        return ReverseProcess(engine, routes=routes)
-    named = {"sampler": sampled, "plan": plan, "routes": routes, "draws": draws}
-    given = ", ".join(f"policy.{name}" for name, there in named.items() if there)
-    wanted = "policy.sampler with policy.plan or policy.routes, or policy.draws alone"
-    raise ValueError(f"{given or 'none of them'} arrived; expected {wanted}")
+def require_one_process(**given: object) -> None:
+    """Raise ValueError unless the options sampler, plan, routes and draws name one process."""
+    names = {name for name, value in given.items() if value is not None}
+    if names not in ({"sampler", "plan"}, {"sampler", "routes"}, {"draws"}):
+        said = ", ".join(f"policy.{name}" for name in given if name in names) or "none of them"
+        wanted = "policy.sampler with policy.plan or policy.routes, or policy.draws alone"
+        raise ValueError(f"{said} arrived; expected {wanted}")
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:

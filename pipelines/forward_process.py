@@ -20,7 +20,7 @@ from pipelines.engine import Engine
 from pipelines.levels import Levels
 from pipelines.matching import Emit, Matcher, Sampling, State, Witness, cleans, noise_of, olds
 
-FINE = 1000  # steps of the schedule that levels are taken from
+FINE = 500  # steps of the schedule that levels are taken from
 
 
 class ForwardProcess:

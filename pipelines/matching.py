@@ -119,6 +119,8 @@ class Matcher:
             self.found = []
             if group == self.count:
                 raise Stop
+        if group == self.count:
+            return sample.detach()  # nothing comes after it
         return self.state(group, part, sample, frozen)
 
     def _finish(self, draw: int) -> None:

@@ -24,9 +24,9 @@ from pipelines.travel import schedule_shares, thinned, travelled, ways_of
 class ReverseProcess:
     """The denoising steps of a pipeline under a sampler."""
 
-    def __init__(self, engine: Engine, plan: Plan = all_but_last, routes: Routes | None = None) -> None:
+    def __init__(self, engine: Engine, plan: Plan | None = None, routes: Routes | None = None) -> None:
         self.engine = engine
-        self.plan = plan  # all samples take all steps
+        self.plan = plan or all_but_last  # all samples take all steps
         self.routes = routes  # in its place: samples of a group go different ways
         self.shares = torch.ones(0)  # of noise, at the levels of the schedule and at its end, for routes; (S + 1,)
 

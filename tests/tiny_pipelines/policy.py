@@ -8,11 +8,13 @@ from PIL import Image
 from torch import Tensor
 
 from mmgrpo.data import requests
+from mmgrpo.draws import Draws
 from mmgrpo.transitions import ddim
 from mmgrpo.types import Batch, Prompt
 from pipelines.decisions import from_levels
 from pipelines.diffusion import DiffusionPolicy
 from pipelines.engine import Engine
+from pipelines.forward_process import ForwardProcess
 from pipelines.options import Options
 from pipelines.reverse_process import ReverseProcess
 
@@ -53,6 +55,7 @@ def policy_of(
     dtype=torch.float32,
     kernel=DDIM,
     rows: int = 3,
+    draws: Draws | None = None,
     **options,
 ) -> tuple[DiffusionPolicy, list[Prompt]]:
     diffusers.logging.set_verbosity_error()
@@ -66,7 +69,7 @@ def policy_of(
     shapes["replay_steps"] = options.pop("replay_steps", 1)
     shapes["offload_trajectory"] = options.pop("offload_trajectory", False)
     engine = Engine(pipeline, Options(call, kernel, columns=columns, **shapes))
-    policy = DiffusionPolicy(ReverseProcess(engine), **options)
+    policy = DiffusionPolicy(ReverseProcess(engine) if draws is None else ForwardProcess(engine, draws), **options)
     policy.prepare(prompts)
     return policy, prompts
 
