@@ -36,6 +36,7 @@ class Recorder:
         row_seeds: Sequence[int],
         outputs: bool,
         offload: bool = False,
+        everything: bool = False,
         steered: Steered | None = None,
     ) -> None:
         self.denoisers = denoisers
@@ -43,7 +44,7 @@ class Recorder:
         self.kernel = kernel
         self.planned = planned  # (S,) bool
         self.row_seeds = row_seeds  # one per row
-        self.everything = False  # keep the states of every step
+        self.everything = everything  # keep the states of every step
         self.offload = offload  # keep the record on the CPU
         self.outputs = outputs  # keep every denoiser output, for pipelines whose steps depend on earlier outputs
         self.counter = Counter()
@@ -51,7 +52,7 @@ class Recorder:
         self.calls: dict[int, int] = defaultdict(int)  # group -> denoiser calls
         self.trained: set[int] = set()  # groups with a random element
         self.steered = steered  # by a guide
-        self.record: dict[str, Tensor] = {} if steered is None else dict(steered.record)
+        self.record: dict[str, Tensor] = {} if steered is None else steered.record
 
     def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name not in self.denoisers:

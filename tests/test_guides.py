@@ -25,7 +25,7 @@ STRONG = Strength(beta=1e-3)
 
 
 def opened(name, folder, guide=None, **options):
-    policy, prompts = policy_of(NAMED[name], folder, kernel=from_levels(SAMPLERS[name]), **options)
+    policy, prompts = policy_of(NAMED[name], folder, kernel=from_levels(SAMPLERS.get(name, ddim)), **options)
     policy.engine.options = replace(policy.engine.options, guide=guide)
     return policy, prompts
 
