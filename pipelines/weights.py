@@ -98,3 +98,20 @@ def save(pipeline: DiffusionPipeline, modules: Mapping[str, Any], lora: bool, fo
         return
     for name, module in modules.items():
         module.save_lora_adapter(folder / name)
+
+
+def choose_trained(network: nn.Module, patterns: Sequence[str]) -> str:
+    """Freeze all but the parameters whose names match a pattern (all of them without any); -> a note.
+
+    Raises ValueError if a pattern matches nothing.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"policy.train: no parameter matches {pattern!r}{nearest(pattern, names)}")
+    count = 0
+    for name, value in network.named_parameters():
+        value.requires_grad_(not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        count += value.numel() if value.requires_grad else 0
+    network.eval()  # dropout would turn the ratio into noise
+    return f"{count:,} trained parameters in {type(network).__name__}"
