@@ -12,7 +12,7 @@ from mmgrpo.data import requests
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, load_weights, start
 from mmgrpo.scoring import score
-from mmgrpo.teaching import losses
+from mmgrpo.teaching import Examinable, losses
 from mmgrpo.types import Batch, Policy, Prompt, Reward, Samples
 
 REPORT = "held_out.txt"
@@ -37,13 +37,14 @@ def means(rewards: Mapping[str, Reward], samples: Samples) -> dict[str, float]:
 def held_out(run: Run) -> dict[str, Tensor]:
     """The rewards of each of the run's held-out prompts, under its averaged weights if it has any; name -> (P,).
 
-    In the stage "pretrain" the mean supervised loss as well, as "loss". Each prompt's samples are averaged.
+    In the stage "pretrain" the mean supervised loss as well, as "loss", and what the policy itself examines. Each prompt's samples are averaged.
     """
     options, found = run.recipe.evaluation, {}
     batch = held_out_batch(run.held_out, options.samples, run.recipe.seed)
     with run.averaged():
         if run.recipe.train.stage == "pretrain":
             found["loss"] = losses(run.policy, batch)
+            found |= run.policy.examined(batch) if isinstance(run.policy, Examinable) else {}
         if run.rewards | run.watched:
             judged = score(run.rewards | run.watched, run.weights, run.policy.generate(batch))
             found |= judged.rewards

@@ -70,6 +70,28 @@ def within(scores: Tensor, group: Tensor, estimate: Callable[[Tensor], Tensor]) 
     return values
 
 
+def group_ranks(scores: Tensor, group: Tensor) -> Tensor:
+    """Rank in each sample's group from 1, the mean rank of equal scores, NaN without an opinion; (B,) float64."""
+
+    def ranks(heard: Tensor) -> Tensor:
+        _, which, counts = torch.unique(heard, return_inverse=True, return_counts=True)
+        return (counts.cumsum(0) - (counts.double() - 1) / 2)[which]
+
+    return within(scores, group, ranks)
+
+
+def rank_correlation(first: Tensor, second: Tensor, group: Tensor) -> Tensor:
+    """Spearman's correlation of two scores in each sample's group, of those that have both; NaN if either is constant; (B,)."""
+    same_shape(first=first, second=second)
+    heard = ~(first.isnan() | second.isnan())
+    x, y = (
+        group_centred(group_ranks(torch.where(heard, one, torch.nan), group), group).nan_to_num(0)
+        for one in (first, second)
+    )
+    scale = (group_sum(x.square(), group) * group_sum(y.square(), group)).sqrt()
+    return torch.where(scale > 0, group_sum(x * y, group) / scale, torch.nan)
+
+
 def spread(scores: Tensor, group: Tensor) -> Spread:
     """Share of groups without spread, and their mean standard deviation (ddof 1); (B,), (B,) -> two numbers."""
     std = group_std(scores, group)

@@ -72,13 +72,15 @@ def steered(gaussian: Gaussian, dt: Tensor, gradient: Tensor, strength: Strength
     return Gaussian(gaussian.mean + shift(gaussian.std, dt, gradient, strength), gaussian.std)
 
 
-def absorbed(velocity: Tensor, moved: Tensor, dt: Tensor) -> Tensor:
-    """The velocity v - kappa grad whose plain step x - D v goes as far as the guided one; (B, ...).
+def absorbed(output: Tensor, moved: Tensor, slope: Tensor) -> Tensor:
+    """The model output whose plain, deterministic step goes as far as the guided one; (B, ...).
 
-    The target of Euphonium's distillation, known from a public note alone. moved: the shift kappa D grad.
+    slope: of the plain step's mean in the output, broadcasts; -D for a velocity, which gives v - kappa grad, the target of
+    Euphonium's distillation as a public note has it. moved: the shift kappa D grad, 0 where the slope is.
     """
-    same_shape(velocity=velocity, moved=moved)
-    return velocity - moved / dt.to(moved)
+    same_shape(output=output, moved=moved)
+    slope = slope.to(moved)
+    return torch.where(slope == 0, output, output + moved / torch.where(slope == 0, 1, slope))
 
 
 def estimated(value: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, width: float = 0.01) -> Tensor:

@@ -4,6 +4,9 @@ A policy says what a supervised loss of a prompt is (`types.Teachable`), as a fl
 Axes: P prompts, G examples of each, B = P * G, b those of one chunk.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,15 @@ from mmgrpo.journal import Stopwatch, peak_memory
 from mmgrpo.run import Run
 from mmgrpo.selection import minibatches
 from mmgrpo.types import Batch, Finding, Policy, Teachable
+
+
+@runtime_checkable
+class Examinable(Protocol):
+    """A policy that shows more of what it learned than its loss."""
+
+    def examined(self, batch: Batch) -> Mapping[str, Tensor]:
+        """By name, (B,) each, NaN where there is nothing to say."""
+        ...
 
 
 def teachable(policy: Policy) -> Teachable:
@@ -41,13 +53,7 @@ def lesson(run: Run) -> dict[str, float]:
 
 def taught(run: Run, batch: Batch) -> dict[str, float]:
     """One optimizer update from the examples of a batch; raises NonFiniteError naming the samples."""
-    found = torch.full((len(batch),), torch.nan)
-
-    def consume(rows: Tensor, values: Tensor) -> None:
-        found[rows] = values.detach().float().cpu()
-        (values.sum() / len(batch)).backward()
-
-    teachable(run.policy).teach(batch, consume)
+    found = summed(run.policy, batch, lambda values: (values.sum() / len(batch)).backward())
     loss = float(found.mean())
     bad = batch.sample[~found.isfinite()].tolist()
     if bad:
@@ -60,26 +66,27 @@ def taught(run: Run, batch: Batch) -> dict[str, float]:
 @torch.no_grad()
 def losses(policy: Policy, batch: Batch) -> Tensor:
     """The supervised loss of every example, learning nothing; (B,)."""
-    found = torch.full((len(batch),), torch.nan)
+    return summed(policy, batch, lambda values: None)
+
+
+def summed(policy: Policy, batch: Batch, use: Callable[[Tensor], object]) -> Tensor:
+    """The supervised loss of every example, the sum of its parts, each of which is `use`d; NaN if it has none; (B,)."""
+    found, told = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
 
     def consume(rows: Tensor, values: Tensor) -> None:
-        found[rows] = values.float().cpu()
+        found[rows] += values.detach().float().cpu()
+        told[rows] = True
+        use(values)
 
     teachable(policy).teach(batch, consume)
-    return found
+    return torch.where(told, found, torch.nan)
 
 
 def learns(run: Run, batch: Batch) -> Finding:
     """The supervised loss of a few examples is finite and moves the weights."""
-    parts: list[Tensor] = []
-
-    def consume(rows: Tensor, values: Tensor) -> None:
-        parts.append(values.detach().float().cpu())
-        values.sum().backward()
-
-    teachable(run.policy).teach(batch, consume)
+    loss = summed(run.policy, batch, lambda values: values.sum().backward()).mean()
     found = [value.grad.float().norm() for value in run.policy.trainable().values() if value.grad is not None]
     run.optimizer.zero_grad(set_to_none=True)
-    norm, loss = torch.stack(found).norm() if found else torch.zeros(()), torch.cat(parts).mean()
+    norm = torch.stack(found).norm() if found else torch.zeros(())
     sound = bool(norm > 0 and norm.isfinite() and loss.isfinite())
     return Finding(sound, "lesson", f"loss {float(loss):.4g}, gradient of norm {float(norm):.3e}")

@@ -251,7 +251,9 @@ Reward = Callable[[Samples], Tensor | Mapping[str, Tensor]]
 AdvantageFunction = Callable[[Feedback], Advantage]
 
 
-Lesson = Callable[[Tensor, Tensor], None]  # (b,) int64 rows of a batch, (b,) their supervised losses with gradient
+Lesson = Callable[
+    [Tensor, Tensor], None
+]  # (b,) int64 rows of a batch, (b,) their supervised losses with gradient, whose parts add up
 
 
 class Finding(NamedTuple):

@@ -94,7 +94,7 @@ class Engine:
         steered = steered_steps(self.options.guide, batch.prompts, row_seeds, planned) if self.layout.steps else None
         return Recorder(
             self.layout.denoisers, self.memo, self.options.kernel, planned, row_seeds, keep_outputs,
-            self.options.offload_trajectory, steered, way,
+            self.options.offload_trajectory, self.options.keep_states, steered, way,
         )  # fmt: skip
 
     def modules(self) -> dict[str, nn.Module]:

@@ -14,10 +14,11 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from mmgrpo import seeds
-from mmgrpo.steering import Strength, estimated, shift, size
+from mmgrpo.steering import Strength, absorbed, estimated, shift, size
 from mmgrpo.transitions import Gaussian, Level
 from mmgrpo.types import Finding, Prompt, Trajectory, require_shape, same_shape
-from pipelines.decisions import Transition, levels_of
+from pipelines.decisions import Transition, levels_of, prediction
+from pipelines.levels import Levels
 
 
 class Seen(NamedTuple):
@@ -72,6 +73,7 @@ class Steering:
     strength: Strength
     first: int = 0  # step that is guided, of those that are stochastic
     last: int | None = None  # by default the last one of the run
+    absorbs: bool = False  # record the model outputs that would need no guide, "absorbed.{step}.0"
 
     def require_usable(self, steps: int, parts: Mapping[int, int]) -> None:
         """Raise ValueError for a window outside of the run, or decisions made of several steps."""
@@ -106,7 +108,8 @@ class Steered:
             raise ValueError(
                 f"policy.guide: a step has {len(sample)} latents for {len(self.prompts)} samples; expected one of each"
             )
-        level = levels_of(scheduler, arguments).now
+        levels = levels_of(scheduler, arguments)
+        level = levels.now
         total = (level.alpha + level.sigma).to(mean)
         with torch.autocast(mean.device.type, enabled=False):
             scores, gradient = self.steering.guide(self._seen(number, sample / total, taken.clean, level))
@@ -115,6 +118,9 @@ class Steered:
         moved = shift(std, taken.dt, (gradient / total).to(mean), self.steering.strength)
         self.record["process_scores"][:, number] = scores.float().cpu()
         self.record["guide_shift"][:, number] = size(moved, std).float().cpu()
+        if self.steering.absorbs:
+            output = prediction(arguments).value
+            self.record[f"absorbed.{number}.0"] = absorbed(output.to(moved), moved, slope(levels)).to(output)
         return Gaussian(mean + moved, std)
 
     def _seen(self, number: int, state: Tensor, clean: Tensor, level: Level) -> Seen:
@@ -130,6 +136,11 @@ def steered_steps(
     if steering is None or not planned.any():
         return None
     return Steered(steering, prompts, row_seeds, len(planned))
+
+
+def slope(levels: Levels) -> Tensor:
+    """By how much the mean of the deterministic step changes with the model's output, -D for a velocity; a scalar or (B, T, 1)."""
+    return levels.next.alpha * levels.prediction.clean[1] + levels.next.sigma * levels.prediction.noise[1]
 
 
 def findings(trajectory: Trajectory) -> list[Finding]:

@@ -64,6 +64,7 @@ class Recorder:
         row_seeds: Sequence[int],
         outputs: bool,
         offload: bool = False,
+        everything: bool = False,
         steered: Steered | None = None,
         way: Way = STRAIGHT_ON,
     ) -> None:
@@ -72,7 +73,7 @@ class Recorder:
         self.kernel = kernel
         self.planned = planned  # (S,) bool
         self.row_seeds = row_seeds  # one per row
-        self.everything = False  # keep the states of every step
+        self.everything = everything  # keep the states of every step
         self.offload = offload  # keep the record on the CPU
         self.outputs = outputs  # keep every denoiser output, for pipelines whose steps depend on earlier outputs
         self.counter = Counter()
@@ -82,7 +83,7 @@ class Recorder:
         self.steered = steered  # by a guide
         self.way = way
         self.before: dict[int, Before] = {}  # part -> what the step before it predicted
-        self.record: dict[str, Tensor] = {} if steered is None else dict(steered.record)
+        self.record: dict[str, Tensor] = {} if steered is None else steered.record
 
     def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name not in self.denoisers:

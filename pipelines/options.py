@@ -28,6 +28,7 @@ class Options:
     autocast: torch.dtype | None = None
     video: Cut = field(default_factory=Cut)  # what is used of the videos that prompts bring
     offload_trajectory: bool = False  # it waits on the CPU for its replay
+    keep_states: bool = False  # of every step, not only of those that a replay needs
     guide: Steering | None = None  # moves the stochastic steps of a rollout
 
 

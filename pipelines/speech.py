@@ -4,7 +4,6 @@
 Axes: B samples, b those of one call, N samples of a waveform, C channels, K bands or frequencies, T frames, S steps.
 """
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
 from mmgrpo import seeds
 from mmgrpo.schedules import Plan
-from mmgrpo.toml import nearest
 from mmgrpo.transitions import Gaussian, flow_sde, log_ratio
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Lesson, Prompt, Reference, Samples, Trajectory
 from pipelines import decisions, recordings, speech_check, speech_models
@@ -28,6 +26,7 @@ from pipelines.recordings_check import check
 from pipelines.speech_flow import matching_loss
 from pipelines.speech_models import Model
 from pipelines.speech_steps import Given, Options, Sampler, Steps, calls, fresh_noise, uniform
+from pipelines.weights import choose_trained
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -229,23 +228,6 @@ class SpeechPolicy:
     def save(self, folder: Path) -> None:
         """The model's folder, as `pipelines.speech_models.load` reads it."""
         speech_models.save(folder, self.model.network, self.model.representation)
-
-
-def choose_trained(network: nn.Module, patterns: Sequence[str]) -> str:
-    """Freeze all but the parameters whose names match a pattern (all of them without any); -> a note.
-
-    Raises ValueError if a pattern matches nothing.
-    """
-    names = [name for name, _ in network.named_parameters()]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"policy.train: no parameter matches {pattern!r}{nearest(pattern, names)}")
-    count = 0
-    for name, value in network.named_parameters():
-        value.requires_grad_(not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-        count += value.numel() if value.requires_grad else 0
-    network.eval()  # dropout would turn the ratio into noise
-    return f"{count:,} trained parameters in {type(network).__name__}"
 
 
 def load(

@@ -31,7 +31,7 @@ def test_the_guided_step_and_both_its_densities_are_those_of_the_worked_example(
 
 def test_the_velocity_that_needs_no_guide_is_that_of_the_worked_example():
     moved = shift(dance_sde(step(), eta=0.25).std, DT, GRADIENT, Strength(beta=3.125))
-    target = absorbed(V, moved, DT)
+    target = absorbed(V, moved, -DT)
     assert target[0].tolist() == pytest.approx([0.48, 0.21], abs=1e-6)
     assert torch.allclose(X - DT * target, ode(step()).mean + 0.01 * DT * GRADIENT)
 
