@@ -63,13 +63,14 @@ def demo(
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Of everything random in the run.")] = 0,
     output: Output = None,
+    method: Annotated[str | None, typer.Option(help="In the place of the demo's own, such as flow_grpo.")] = None,
 ) -> None:
     """Align a tiny model on a CPU, and write what it drew before and after."""
     demos = {point.name: point for point in entry_points(group="mmgrpo.demos")}
     if name not in demos:
         raise RecipeError(f"no demo {name!r}{nearest(name, demos)}")
     folder = run_folder(output, f"demo_{name}")
-    demos[name].load()(folder, seed, overrides or ())
+    demos[name].load()(folder, seed, [*(overrides or ()), *([] if method is None else [f"method={method}"])])
     Console().print(f"Wrote {folder}", soft_wrap=True)
 
 

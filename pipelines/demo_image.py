@@ -16,6 +16,7 @@ from mmgrpo.types import Samples
 from pipelines import assets, demos, pictures
 from pipelines.demos import points
 
+TEXTBOOK = "flow_grpo"  # the method that has a recipe of its own
 SHOWN = 2  # samples of every held-out prompt in the picture
 
 
@@ -27,7 +28,9 @@ def run(folder: Path, seed: int, overrides: Sequence[str]) -> None:
         "prompts.source": shipped / "prompts" / "train.jsonl",
         "evaluation.source": shipped / "prompts" / "held_out.jsonl",
     }
-    training = demos.started("demo_image", seed, places, overrides)
+    textbook = [one for one in overrides if one == f"method={TEXTBOOK}"]
+    recipe = f"demo_image_{TEXTBOOK}" if textbook else "demo_image"
+    training = demos.started(recipe, seed, places, [one for one in overrides if one not in textbook])
     before = generated(training)
     scores = means(training.rewards, before)
     took = demos.align(training, folder)

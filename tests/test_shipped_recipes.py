@@ -85,6 +85,7 @@ CASES = [
 
 ELSEWHERE = {
     "demo_image",
+    "demo_image_flow_grpo",
     "demo_vlm",
     "demo_world",  # in test_demo_world.py
     "demo_interleaved",  # in test_demo_interleaved.py

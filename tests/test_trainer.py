@@ -33,6 +33,7 @@ SMALL = [
     "train.save_every=1",
     "train.evaluate_every=0",
     "ema.decay=0.5",
+    "policy.call.num_inference_steps=5",
     "evaluation.samples=1",
 ]
 TIMED = ("seconds/", "samples_per_second", "memory/")
@@ -45,7 +46,7 @@ def recipe(*overrides: str) -> Recipe:
         f"prompts.source={json.dumps(str(shipped / 'prompts' / 'train.jsonl'))}",
         f"evaluation.source={json.dumps(str(shipped / 'prompts' / 'validation.jsonl'))}",
     ]
-    return load(Path(str(files("pipelines") / "recipes" / "demo_image.toml")), [*places, *SMALL, *overrides])
+    return load(Path(str(files("pipelines") / "recipes" / "demo_image_flow_grpo.toml")), [*places, *SMALL, *overrides])
 
 
 def state(folder: Path) -> tuple[dict, dict]:

@@ -170,7 +170,7 @@ def test_a_collapse_is_caught_while_the_averaged_weights_are_as_good_as_ever(cas
     places = {"policy.model": shipped, "prompts.source": shipped / "prompts" / "train.jsonl"}
     places |= {"evaluation.source": shipped / "prompts" / "validation.jsonl"}
     overrides = [*(f"{key}={json.dumps(str(place))}" for key, place in places.items()), *RUN, *case.overrides]
-    run = train(load(Path(str(files("pipelines") / "recipes" / "demo_image.toml")), overrides), tmp_path)
+    run = train(load(Path(str(files("pipelines") / "recipes" / "demo_image_flow_grpo.toml")), overrides), tmp_path)
     assert "the reward of rollouts fell" in run.history.stopped or "the gradient norm was over" in run.history.stopped
     assert case.begins < run.iteration <= case.begins + CAUGHT
     caught = curve(tmp_path)

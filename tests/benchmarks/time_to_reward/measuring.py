@@ -19,7 +19,9 @@ from mmgrpo.evaluation import held_out
 from mmgrpo.improve import NonFiniteError
 from mmgrpo.recipe import Recipe, load
 from mmgrpo.run import Run, load_weights, start
+from mmgrpo.signs import read, signs
 from mmgrpo.trainer import iteration
+from mmgrpo.watch import judged
 from pipelines import assets
 from pipelines.diffusion import DiffusionPolicy
 
@@ -95,21 +97,23 @@ def measured(method: Method, seed: int, conditions: Conditions) -> dict[str, Any
     diffusers.utils.logging.disable_progress_bar()
     run, judging = start(recipe(method, seed, conditions)), judge(conditions)
     with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention is slow backward in bfloat16 on CPUs
-        curve, stopped = curve_of(run, judging, method.budget * conditions.longer, conditions.every)
+        watched, budget = conditions.longer > 1, method.budget * conditions.longer
+        curve, stopped = curve_of(run, judging, budget, conditions.every, watched)
     about = {"method": method.name, "seed": seed, "budget": method.budget, "split": conditions.split}
     about |= {"samples": conditions.samples, "longer": conditions.longer, "stopped": stopped}
     return about | {"settings": settings(method, seed), "curve": curve}
 
 
-def curve_of(run: Run, judging: Run, budget: float, every: float) -> tuple[dict[str, list[float]], str]:
-    """Train to the end of the budget or of the recipe; -> the curve, and why it ended before if it did."""
+def curve_of(run: Run, judging: Run, budget: float, every: float, watched: bool) -> tuple[dict[str, list[float]], str]:
+    """Train to the end of the budget or of the recipe, or until the watch stops it; -> the curve, and why it ended before."""
     assert isinstance(run.policy, DiffusionPolicy)
     counter = Counter(run.policy.engine.pipeline.transformer.proj_out)
     points, spent, stopped = [point(run, judging, 0.0, counter)], 0.0, ""
     while spent < budget and run.iteration < run.recipe.train.iterations and not stopped:
         begun = time.process_time()
         try:
-            iteration(run)
+            metrics = iteration(run)
+            stopped = seen(run, metrics) if watched else ""
         except NonFiniteError as error:
             stopped = str(error)
         run.iteration += 1
@@ -119,6 +123,15 @@ def curve_of(run: Run, judging: Run, budget: float, every: float) -> tuple[dict[
     if spent > points[-1]["seconds"]:
         points.append(point(run, judging, spent, counter))
     return {name: [one[name] for one in points] for name in points[0]}, stopped
+
+
+def seen(run: Run, metrics: Mapping[str, float]) -> str:
+    """Why the watch of `mmgrpo train` stops the run, or nothing."""
+    options = run.recipe.watch
+    run.history, run.norms = read(run.history, run.norms, metrics), []
+    if run.history.iterations >= options.after:
+        run.history = judged(run.history, signs(run.history, options, run.weights), options, run.iteration)
+    return run.history.stopped
 
 
 def point(run: Run, judging: Run, seconds: float, counter: Counter) -> Mapping[str, float]:

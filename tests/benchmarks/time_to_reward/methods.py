@@ -27,16 +27,31 @@ class Method:
     paper: str
     overrides: Sequence[str] = ()
     base: Path = FLOW_GRPO
-    budget: float = 120.0  # processor seconds of training
+    budget: float = 100.0  # processor seconds of training
 
 
+UNENDING = ("optimizer.decay=constant", "train.iterations=100000")  # the budget ends it
+PLAIN = "objective={build='mmgrpo.matching:nft_plain', bound=0.5}"
+ADAMW = (
+    "optimizer.muon=[]",
+    "optimizer.learning_rate=1e-3",
+    "advantage={build='mmgrpo.advantages:standardized', clamp=5.0}",
+)
+AWM = (*ADAMW, "objective={build='mmgrpo.matching:advantage_weighted'}")
+DGPO = (*ADAMW, "objective={build='mmgrpo.group_matching:dgpo'}", "reference.kind=frozen")
 METHODS = (
-    Method("baseline", "Flow-GRPO", "arXiv 2505.05470"),
+    Method("baseline", "Flow-GRPO", "arXiv 2505.05470", budget=140.0),
     Method(
         "fast",
         "Flow-GRPO-Fast: 2 steps of the first half, drawn in each iteration",
         "arXiv 2505.05470",
         ("policy.plan={build='mmgrpo.schedules:random_window', size=2}",),
+    ),
+    Method(
+        "trunk",
+        "Flow-GRPO-Fast, shared trunk: the same from one noise, the steps before it computed once for a group",
+        "arXiv 2505.05470",
+        ("policy.same_noise=true", "policy.plan={build='mmgrpo.schedules:random_window', size=2}"),
     ),
     Method(
         "window",
@@ -65,6 +80,9 @@ METHODS = (
         "arXiv 2606.11025",
         ("objective={build='mmgrpo.denoising:divergence_bound', limit=1e-5}",),
     ),
-    Method("demo", "the recipe of the demo", "`mmgrpo demo image`", base=DEMO),
+    Method("default", "the default: DiffusionNFT as in the demo, which ends by itself", "arXiv 2509.16117", base=DEMO),
+    Method("nft_plain", "the same with the paper's loss", "arXiv 2509.16117", (*UNENDING, PLAIN), DEMO, 50.0),
+    Method("awm", "AWM: advantage-weighted matching, clip 1e-4", "arXiv 2509.25050", (*UNENDING, *AWM), DEMO, 60.0),
+    Method("dgpo", "DGPO: direct group preferences", "arXiv 2510.08425", (*UNENDING, *DGPO), DEMO, 60.0),
 )
 BASELINE = METHODS[0]
