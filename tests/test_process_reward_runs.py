@@ -1,0 +1,117 @@
+"""Whole runs on the image demo: a process reward model is trained, guides, is trained with, and is distilled away."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmgrpo import journal
+from mmgrpo.data import requests
+from mmgrpo.recipe import load
+from mmgrpo.run import Run, start
+from mmgrpo.trainer import begin
+from rewards.shapes import shape_reward
+
+DEMO = Path(__file__).parent.parent / "assets" / "image_demo"
+GENERATOR = f"""
+build = "pipelines.diffusion:load"
+model = {json.dumps(str(DEMO))}
+pipeline = "pipelines.tiny_image:TinyImagePipeline"
+dtype = "float32"
+sampler = {{ build = "mmgrpo.transitions:flow_sde", noise = 0.7 }}
+plan = {{ build = "mmgrpo.schedules:all_but_last" }}
+call = {{ num_inference_steps = 5 }}
+rollout_rows = 56
+replay_rows = 32
+"""
+DATA = f"""
+[prompts]
+source = {json.dumps(str(DEMO / "prompts" / "train.jsonl"))}
+[evaluation]
+source = {json.dumps(str(DEMO / "prompts" / "held_out.jsonl"))}
+samples = 16
+"""
+LEARNER = f"""
+rewards = []
+[policy]
+build = "pipelines.process_reward:learner"
+reward = {{ build = "rewards.shapes:shape_reward" }}
+network = {{ patch = 2, width = 64, blocks = 2 }}
+draws = 4
+[policy.generator]
+{GENERATOR}
+{DATA}
+[optimizer]
+learning_rate = 1e-3
+warmup = 10
+decay = "linear"
+[train]
+stage = "pretrain"
+iterations = 220
+prompts = 28
+group_size = 4
+updates = 2
+evaluate_every = 220
+"""
+REST = f"""
+rewards = [{{ name = "soft", build = "rewards.shapes:shape_reward" }}]
+{DATA}
+[optimizer]
+learning_rate = 1e-5
+[train]
+iterations = 1
+prompts = 2
+group_size = 4
+"""
+ALIGNED = f"{REST}\n[policy]\n{GENERATOR}"
+STUDENT = f'{REST}\n[policy]\nbuild = "pipelines.distilling:student"\n[policy.generator]\n{GENERATOR}'
+SMALL = [
+    "train.iterations=1",
+    "train.prompts=4",
+    "train.group_size=2",
+    "train.evaluate_every=1",
+    "evaluation.samples=2",
+]
+
+
+def ran(recipe: str, folder: Path, *overrides: str) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "given.toml").write_text(recipe)
+    return begin(start(load(folder / "given.toml", overrides)), folder / "run")
+
+
+def model_of(folder: Path) -> str:
+    return json.dumps(str(next((folder / "run" / "checkpoints").glob("*/model"))))
+
+
+def guide_of(folder: Path, key: str, beta: float) -> str:
+    return f'{key}={{build="pipelines.process_reward:guide", model={model_of(folder)}, beta={beta}}}'
+
+
+def test_a_model_is_trained_guides_is_trained_with_and_distilled_by_the_one_loop(tmp_path):
+    ran(LEARNER, tmp_path / "prm", *SMALL)
+    (line,) = journal.read(tmp_path / "prm" / "run")
+    assert {"teach/loss", "held_out/loss", "held_out/rank_correlation_at_0.5"} <= line.keys()
+    ran(ALIGNED, tmp_path / "aligned", guide_of(tmp_path / "prm", "policy.guide", 0.01))
+    assert "ok   guide: moves steps [0, 1, 2, 3] by" in (tmp_path / "aligned" / "run" / "check.txt").read_text()
+    ran(
+        STUDENT, tmp_path / "student", *SMALL, "train.stage=pretrain", guide_of(tmp_path / "prm", "policy.generator.guide", 0.01)
+    )  # fmt: skip
+    (line,) = journal.read(tmp_path / "student" / "run")
+    assert 0 < line["teach/loss"] and "held_out/soft" in line
+
+
+@pytest.mark.slow
+def test_samples_guided_by_a_trained_model_score_higher_from_equal_noise(tmp_path):
+    learned = ran(LEARNER, tmp_path / "prm")
+    (line,) = [line for line in journal.read(tmp_path / "prm" / "run") if "held_out/loss" in line]
+    assert line["held_out/rank_correlation_at_0.3"] > 0.1
+    (tmp_path / "given.toml").write_text(ALIGNED)
+    guided = start(load(tmp_path / "given.toml", [guide_of(tmp_path / "prm", "policy.guide", 0.005)]))
+    batch = requests(guided.prompts, range(len(guided.prompts)), group_size=64, seed=77, iteration=0)
+    without = learned.policy.generator.rollout(batch)[1]
+    change = shape_reward(guided.policy.rollout(batch)[1]) - shape_reward(without)
+    assert float(change.mean()) > 2 * float(change.std()) / math.sqrt(len(change))
+    assert torch.isfinite(change).all()
