@@ -23,7 +23,7 @@ dtype = "float32"
 sampler = {{ build = "mmgrpo.transitions:flow_sde", noise = 0.7 }}
 plan = {{ build = "mmgrpo.schedules:all_but_last" }}
 call = {{ num_inference_steps = 5 }}
-rollout_rows = 32
+rollout_rows = 56
 replay_rows = 32
 """
 DATA = f"""
@@ -39,6 +39,7 @@ rewards = []
 build = "pipelines.process_reward:learner"
 reward = {{ build = "rewards.shapes:shape_reward" }}
 network = {{ patch = 2, width = 64, blocks = 2 }}
+draws = 4
 [policy.generator]
 {GENERATOR}
 {DATA}
@@ -49,9 +50,9 @@ decay = "linear"
 [train]
 stage = "pretrain"
 iterations = 220
-prompts = 8
-group_size = 16
-updates = 4
+prompts = 28
+group_size = 4
+updates = 2
 evaluate_every = 220
 """
 REST = f"""
