@@ -44,7 +44,7 @@ from pipelines.hybrid_parts import samples_of
 from pipelines.hybrid_reading import Answers, Prompts, collate
 from pipelines.hybrid_steps import Steps
 from pipelines.hybrid_writing import Written, write
-from pipelines.speech import choose_trained
+from pipelines.weights import choose_trained
 
 
 class Piece(NamedTuple):

@@ -1,5 +1,6 @@
 """Which weights of a model or a pipeline are trained, and how they are saved: low-rank adapters or the modules themselves."""
 
+import fnmatch
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,10 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch import nn
 from transformers import PreTrainedModel
+
+from mmgrpo.toml import nearest
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_OPTIONS = {"rank", "alpha", "targets", "dropout"}
@@ -98,3 +102,20 @@ def save(pipeline: DiffusionPipeline, modules: Mapping[str, Any], lora: bool, fo
         return
     for name, module in modules.items():
         module.save_lora_adapter(folder / name)
+
+
+def choose_trained(network: nn.Module, patterns: Sequence[str]) -> str:
+    """Freeze all but the parameters whose names match a pattern (all of them without any); -> a note.
+
+    Raises ValueError if a pattern matches nothing.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"policy.train: no parameter matches {pattern!r}{nearest(pattern, names)}")
+    count = 0
+    for name, value in network.named_parameters():
+        value.requires_grad_(not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        count += value.numel() if value.requires_grad else 0
+    network.eval()  # dropout would turn the ratio into noise
+    return f"{count:,} trained parameters in {type(network).__name__}"
