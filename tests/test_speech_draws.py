@@ -9,6 +9,7 @@ import torch
 from sounds import MODELS, RATE, Linear, recordings, saved, tiny
 from test_speech import batch_of, evaluations, shaken, whole
 
+from mmgrpo.components import build
 from mmgrpo.data import requests
 from mmgrpo.draws import Draws
 from mmgrpo.gathering import joined_trajectory
@@ -18,6 +19,7 @@ from mmgrpo.seeds import normal
 from mmgrpo.shadow import Reference
 from mmgrpo.transitions import flow_sde
 from mmgrpo.types import KINDS, Prompt, Trajectory
+from mmgrpo.weighting import by_kind
 from pipelines import replays
 from pipelines.recordings import Mixing, hear
 from pipelines.speech import SpeechPolicy, load
@@ -169,6 +171,16 @@ def test_the_gradient_does_not_depend_on_the_rows_of_a_call(objective, prompts, 
     alone = gradient(policy, trajectory, Loss(objective))
     assert together.norm() > 0
     torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-5 * float(together.abs().max()))
+
+
+def test_by_kind_draws_have_an_objective_of_their_own_and_need_one(prompts, folder) -> None:
+    policy = policy_of(tiny("band gains"), folder)
+    trajectory, _ = policy.rollout(batch_of(prompts, size=2))
+    table = {"build": "mmgrpo.weighting:by_kind", "draw": {"build": "mmgrpo.matching:nft"}, "draw_weight": 0.5}
+    found = gradient(policy, trajectory, Loss(build(table, "objective")))
+    torch.testing.assert_close(found, 0.5 * gradient(policy, trajectory, Loss(nft)))
+    with pytest.raises(ValueError, match="no objective for decisions of kind 'draw'; expected objective.draw"):
+        gradient(policy, trajectory, Loss(by_kind()))
 
 
 def test_a_step_of_nft_brings_good_samples_nearer_and_bad_ones_further(prompts, folder) -> None:
