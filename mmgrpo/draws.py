@@ -58,5 +58,17 @@ def noise_seeds(draws: Draws, batch: Batch, draw: int) -> list[int]:
     return [derive(batch.seed, "draw", draws.share, int(one), batch.iteration, which) for one in ids]
 
 
+def all_shares(draws: Draws, batch: Batch) -> Tensor:
+    """The shares of noise of every draw; -> (B, K) float64."""
+    return torch.stack(
+        [shares(draws, which, batch.seed, batch.iteration) for which in which_set(draws, batch).tolist()]
+    )
+
+
+def all_noise_seeds(draws: Draws, batch: Batch) -> Tensor:
+    """The seeds of the noises of every draw; -> (B, K) int64."""
+    return torch.tensor([noise_seeds(draws, batch, draw) for draw in range(draws.count)]).T
+
+
 def _uniform(seed: int) -> Tensor:
     return torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

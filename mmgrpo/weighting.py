@@ -119,6 +119,9 @@ class ByKind:
 
     def __call__(self, evaluation: Evaluation, advantages: Tensor) -> Tensor:
         kind, there = required(evaluation, "kind"), trained(evaluation)
+        for name, number in KINDS.items():
+            if number not in self.by_number and (there & (kind == number)).any():
+                raise ValueError(f"by_kind has no objective for decisions of kind {name!r}; expected objective.{name}")
         losses = [
             weight * torch.where(kind == number, objective(masked(evaluation, there & (kind == number)), advantages), 0)
             for number, (objective, weight) in self.by_number.items()
@@ -130,10 +133,20 @@ class ByKind:
 
 
 def by_kind(
-    *, step: Objective = clipped, token: Objective = clipped, step_weight: float = 1.0, token_weight: float = 1.0
+    *,
+    step: Objective = clipped,
+    token: Objective = clipped,
+    draw: Objective | None = None,
+    step_weight: float = 1.0,
+    token_weight: float = 1.0,
+    draw_weight: float = 1.0,
 ) -> ByKind:
-    """Denoising steps and tokens of one trajectory, each with its own objective (clip widths differ by 1e3) and weight."""
-    return ByKind({KINDS["step"]: (step, step_weight), KINDS["token"]: (token, token_weight)})
+    """Denoising steps, tokens and draws of one trajectory, each with its own objective (clip widths differ by 1e3) and weight.
+
+    `draw` is named where there are draws: its fields are then asked of the policy.
+    """
+    both = {KINDS["step"]: (step, step_weight), KINDS["token"]: (token, token_weight)}
+    return ByKind(both if draw is None else {**both, KINDS["draw"]: (draw, draw_weight)})
 
 
 class Clip(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mmgrpo.draws import Draws, noise_seeds, shares, which_set
+from mmgrpo.draws import Draws, all_noise_seeds, shares, which_set
 from mmgrpo.transitions import Level
 from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
 from pipelines import forward_check, mixed_draws, thinning
@@ -65,10 +65,11 @@ class ForwardProcess:
         for which in sets.unique().tolist():
             found = thinning.nearest(self.noise_shares, shares(self.draws, which, batch.seed, batch.iteration))
             entries[sets == which] = torch.tensor(found)
-        noises = torch.tensor([noise_seeds(self.draws, batch, draw) for draw in range(self.draws.count)]).T
         mask = torch.ones(entries.shape, dtype=torch.bool)
         kind = torch.full(entries.shape, KINDS["draw"])
-        return Trajectory(batch, mask, kind, {**record, "entry": entries, "noise": noises}), samples
+        return Trajectory(
+            batch, mask, kind, {**record, "entry": entries, "noise": all_noise_seeds(self.draws, batch)}
+        ), samples
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> Samples:

@@ -1,6 +1,7 @@
-"""A flow over speech as a policy: it enhances noisy recordings, each denoising step is one decision.
+"""A flow over speech as a policy: it enhances noisy recordings; each denoising step is one decision, or each draw.
 
-`pipelines/recordings.py` makes the recordings, `pipelines/speech_steps.py` the steps; this file holds what an optimizer asks.
+`pipelines/recordings.py` makes the recordings, `pipelines/speech_steps.py` the steps, `pipelines/speech_draws.py` the draws of clean
+recordings noised again; this file holds what an optimizer asks.
 Axes: B samples, b those of one call, N samples of a waveform, C channels, K bands or frequencies, T frames, S steps.
 """
 
@@ -16,16 +17,18 @@ from torch.nn import Parameter
 from torch.nn.functional import pad
 
 from mmgrpo import seeds
+from mmgrpo.draws import Draws
 from mmgrpo.schedules import Plan
-from mmgrpo.transitions import Gaussian, flow_sde, log_ratio
+from mmgrpo.transitions import flow_sde
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Lesson, Prompt, Reference, Samples, Trajectory
-from pipelines import decisions, recordings, speech_check, speech_models
+from pipelines import recordings, speech_check, speech_draws, speech_models
 from pipelines.mel import with_vocoder
 from pipelines.recordings import Heard, Mixing, hear
 from pipelines.recordings_check import check
+from pipelines.speech_draws import State
 from pipelines.speech_flow import matching_loss
 from pipelines.speech_models import Model
-from pipelines.speech_steps import Given, Options, Sampler, Steps, calls, fresh_noise, uniform
+from pipelines.speech_steps import Given, Options, Sampler, Steps, Velocities, calls, fresh_noise, uniform
 from pipelines.weights import choose_trained
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -34,13 +37,13 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class SpeechPolicy:
     """A flow over speech as a policy."""
 
-    whole_samples = False  # a replay hands over one step at a time
+    whole_samples = False  # a replay hands over one step or draw at a time
 
     def __init__(
         self,
         model: Model,
         options: Options,
-        plan: Plan,
+        decided: Plan | Draws,
         mixing: Mixing,
         *,
         train: Sequence[str] = (),
@@ -51,7 +54,7 @@ class SpeechPolicy:
                 f"recordings come at {mixing.rate} Hz; expected {model.representation.rate}, the model's rate"
             )
         self.steps = Steps(model, options)
-        self.plan = plan
+        self.decided = decided
         self.mixing = mixing
         self.clipped = clipped
         self.longest = 0  # samples of any prompt; records are padded to it, so that rollouts can be joined
@@ -78,7 +81,11 @@ class SpeechPolicy:
 
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One enhanced recording per row; the rows of a group hear the same. Each depends on its ids alone, up to rounding."""
-        return self.walked(batch, self.mixing, self.plan(self.options.steps, batch.iteration, batch.seed))
+        steps = self.options.steps
+        if isinstance(self.decided, Draws):
+            trajectory, samples = self.walked(batch, self.mixing, torch.zeros(steps, dtype=torch.bool), ends=True)
+            return speech_draws.drawn(trajectory, self.decided), samples
+        return self.walked(batch, self.mixing, self.decided(steps, batch.iteration, batch.seed))
 
     def generate(self, batch: Batch) -> Samples:
         """One enhanced recording per row, whole, with the noise of the sampler off."""
@@ -87,15 +94,18 @@ class SpeechPolicy:
         )[1]
 
     @torch.no_grad()
-    def walked(self, batch: Batch, mixing: Mixing, planned: Tensor) -> tuple[Trajectory, Samples]:
-        """One enhanced recording per row, and its decisions; the planned steps, (S,) bool, are stochastic and trained."""
+    def walked(self, batch: Batch, mixing: Mixing, planned: Tensor, ends: bool = False) -> tuple[Trajectory, Samples]:
+        """One enhanced recording per row, and its decisions; the planned steps, (S,) bool, are stochastic and trained.
+
+        `ends`: the latents that recordings end with are recorded.
+        """
         heard = hear(batch, mixing)
         record, audio = {"length": heard.length}, torch.zeros_like(heard.clean)
         longest = max(self.longest, heard.noisy.shape[1])
-        if planned.any():
+        if ends or planned.any():
             record["noisy"] = pad(heard.noisy, (0, longest - heard.noisy.shape[1]))
         for rows in calls(heard.length, self.options.rollout_rows):
-            audio[rows, : int(heard.length[rows[0]])] = self._walk(batch, heard, rows, planned, record)
+            audio[rows, : int(heard.length[rows[0]])] = self._walk(batch, heard, rows, planned, record, ends)
         mask = planned.expand(len(batch), -1).clone()
         samples = Samples(
             batch,
@@ -106,8 +116,10 @@ class SpeechPolicy:
         )
         return Trajectory(batch, mask, torch.zeros_like(mask, dtype=torch.int64), record), samples
 
-    def _walk(self, batch: Batch, heard: Heard, rows: Tensor, planned: Tensor, record: dict[str, Tensor]) -> Tensor:
-        """From noise to clean recordings, (b, N); what planned steps need for a replay is put into the record."""
+    def _walk(
+        self, batch: Batch, heard: Heard, rows: Tensor, planned: Tensor, record: dict[str, Tensor], ends: bool
+    ) -> Tensor:
+        """From noise to clean recordings, (b, N); what a replay needs is put into the record."""
         given = self.steps.given(heard.noisy[rows, : int(heard.length[rows[0]])])
         shape, ids = given.centre.shape[1:], batch.sample[rows].tolist()
 
@@ -128,6 +140,8 @@ class SpeechPolicy:
             x = mean.float()
             if stochastic:
                 keep(f"state.{step + 1}", x)
+        if ends:
+            keep("clean", x)
         return self.steps.decode(x, given)
 
     def starts(self, batch: Batch) -> list[int]:
@@ -142,64 +156,65 @@ class SpeechPolicy:
         record = dict(trajectory.record)
         for part in parts:
             taken = trajectory.take(part)
-            for rows, step, x, given in self._recorded(taken):
+            for rows, column, state, given in self._recorded(taken):
                 with torch.enable_grad():  # the kernels of a replay, which may differ from those without a gradient
-                    found = self.steps.velocity(x, step, given).detach().cpu()
-                name, like = f"anchor.{step}", record[f"velocity.{step}"]
+                    found = self.steps.velocity_at(state.x, state.t, given).detach().cpu()
+                name = f"anchor.{column}"
                 if name not in record:
-                    record[name] = torch.full(like.shape, torch.nan, dtype=found.dtype)
+                    latent = self.steps.latent(record["noisy"].shape[1])
+                    record[name] = torch.full((len(trajectory), *latent), torch.nan, dtype=found.dtype)
                 record[name][part[rows], ..., : found.shape[-1]] = found
         return replace(trajectory, record=record)
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
-        """Evaluate one trained step of a few rows at a time, with gradient; `consume` may run backward.
+        """Evaluate one trained step or draw of a few rows at a time, with gradient; `consume` may run backward.
 
         Without an anchor today's weights are those that sampled: a log-ratio compares each step with its own velocity.
         """
-        held: dict[int, Tensor] = {}
-        for rows, step, x, given in self._recorded(trajectory):
+        held = None
+        for rows, column, state, given in self._recorded(trajectory):
             if reference is not None:
                 with torch.no_grad(), reference.applied():
-                    held = {step: self.steps.velocity(x, step, given)}
-            consume(
-                Chunk(rows, torch.tensor([step]), self._evaluated(trajectory, rows, step, x, given, held.get(step)))
-            )
+                    held = self.steps.velocity_at(state.x, state.t, given)
+            found = self._evaluated(trajectory, rows, column, state, given, held)
+            consume(Chunk(rows, torch.tensor([column]), found))
 
-    def _recorded(self, trajectory: Trajectory) -> Iterator[tuple[Tensor, int, Tensor, Given]]:
-        """Rows, step, state and recordings of every call of a replay."""
+    def _recorded(self, trajectory: Trajectory) -> Iterator[tuple[Tensor, int, State, Given]]:
+        """Rows, column, state and recordings of every call of a replay."""
         length = trajectory.record["length"]
         for rows in calls(length, self.options.replay_rows):
             given = self.steps.given(trajectory.record["noisy"][rows, : int(length[rows[0]])])
-            for step in trajectory.mask[rows].any(0).nonzero().flatten().tolist():
-                yield rows, step, self._of(trajectory, f"state.{step}", rows, given).to(given.centre), given
+            for column in trajectory.mask[rows].any(0).nonzero().flatten().tolist():
+                yield rows, column, self._state(trajectory, rows, column, given), given
+
+    def _state(self, trajectory: Trajectory, rows: Tensor, column: int, given: Given) -> State:
+        """What the network sees of one decision of a call's rows."""
+        if isinstance(self.decided, Draws):
+            return speech_draws.noised(trajectory.take(rows), column, self._of(trajectory, "clean", rows, given), given)
+        x = self._of(trajectory, f"state.{column}", rows, given).to(given.centre)
+        return State(x, self.steps.levels[column].sigma.expand(len(rows)))
 
     def _of(self, trajectory: Trajectory, name: str, rows: Tensor, given: Given) -> Tensor:
         """What was recorded of a call's rows without its padding; (b, C, K, T)."""
         return trajectory.record[name][rows, ..., : given.centre.shape[-1]]
 
     def _evaluated(
-        self, trajectory: Trajectory, rows: Tensor, step: int, x: Tensor, given: Given, held: Tensor | None
+        self, trajectory: Trajectory, rows: Tensor, column: int, state: State, given: Given, held: Tensor | None
     ) -> Evaluation:
-        """One step of a call's rows under today's weights; (b, 1) each."""
-        velocity = self.steps.velocity(x, step, given)
+        """One decision of a call's rows under today's weights and those of a reference; (b, 1) each."""
+        velocity = self.steps.velocity_at(state.x, state.t, given)
 
         def recorded(name: str) -> Tensor:
             return self._of(trajectory, name, rows, given).to(velocity)
 
-        def gaussian(of: Tensor) -> Gaussian:
-            return self.steps.gaussian(x, of, step, given.centre)
-
         old = velocity.detach()
-        if f"anchor.{step}" in trajectory.record:
-            anchored = recorded(f"anchor.{step}")
+        if f"anchor.{column}" in trajectory.record:
+            anchored = recorded(f"anchor.{column}")
             old = torch.where(anchored.isnan(), old, anchored)  # NaN: replayed before any update
-        following, reduction = recorded(f"state.{step + 1}"), self.options.reduction
-        sampled = gaussian(recorded(f"velocity.{step}"))
-        reference = None if held is None else gaussian(held)
-        dt = (self.steps.levels[step].sigma - self.steps.levels[step + 1].sigma).to(velocity.device)
-        decision = decisions.Part(following, gaussian(velocity), gaussian(old), reference, dt)
-        gap = log_ratio(following, decision.old, sampled, reduction)
-        return replace(decisions.evaluate([decision], reduction), sampler_gap=gap.unsqueeze(1))
+        if state.target is not None:
+            return speech_draws.evaluated(velocity, state.target, state.t, old, held)
+        velocities = Velocities(velocity, old, recorded(f"velocity.{column}"), held)
+        return self.steps.evaluated(state.x, recorded(f"state.{column + 1}"), velocities, column, given.centre)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -232,10 +247,11 @@ class SpeechPolicy:
 
 def load(
     *,
-    plan: Plan,
+    plan: Plan | None = None,
+    draws: Draws | None = None,
     model: str | None = None,
     new: Mapping[str, Any] | None = None,
-    sampler: Sampler = flow_sde,
+    sampler: Sampler | None = None,
     steps: int = 10,
     power: float = 1.0,
     network: str | None = None,
@@ -259,7 +275,8 @@ def load(
 
     model: the folder; new: in its place, what its config.json would hold. power: steps lie at
     uniform times to this power; above 1 the last ones, which decide most, are short. plan: which of the steps are
-    stochastic and trained; sampler: how. network: "path/to/file.py:Class" for weights of a network of your own. vocoder: for mel
+    stochastic and trained; sampler: how, by default mmgrpo.transitions:flow_sde; or, with draws, clean latents noised again
+    (`mmgrpo.draws.Draws`), sampled without noise. network: "path/to/file.py:Class" for weights of a network of your own. vocoder: for mel
     spectrograms, "griffin_lim" or "path/to/file.py:build". train: patterns of the names of trained parameters ("blocks.*"), by default all. reduction: over
     the latent elements of a step. noise, impulses: folders of noise and of room impulse responses, for prompts without a
     noisy recording; snr: lowest and highest, dB. seconds: longer recordings are
@@ -268,11 +285,12 @@ def load(
     replay_rows: recordings computed at once. dtype: of the weights; autocast: of the network's computation.
     same_noise: all samples of a group start from one noise, and differ by the sampler's alone.
     """
+    decided = speech_draws.chosen(sampler is not None, plan, draws)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = speech_models.opened(model, new, network)
     loaded = replace(loaded, representation=with_vocoder(loaded.representation, vocoder, place))
     loaded.network.to(place, getattr(torch, dtype))
     kind = None if autocast is None else getattr(torch, autocast)
-    options = Options(steps, sampler, reduction, rollout_rows, replay_rows, kind, power, same_noise)
+    options = Options(steps, sampler or flow_sde, reduction, rollout_rows, replay_rows, kind, power, same_noise)
     mixing = Mixing(loaded.representation.rate, resample, seconds, noise, snr, impulses)
-    return SpeechPolicy(loaded, options, plan, mixing, train=train, clipped=clipped)
+    return SpeechPolicy(loaded, options, decided, mixing, train=train, clipped=clipped)

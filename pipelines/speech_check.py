@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmgrpo import seeds
 from mmgrpo.data import requests
+from mmgrpo.draws import Draws
 from mmgrpo.types import Batch, Finding, Prompt, Trajectory
 from pipelines import recordings, replays
 from pipelines.speech_flow import enhance
@@ -24,7 +25,7 @@ NEAR = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.flo
 def findings(policy: "SpeechPolicy", prompts: Sequence[Prompt]) -> list[Finding]:
     """Replays agree to the last bit, have a true gradient, follow the weights; no recording depends on its neighbours."""
     batch = probe(policy, prompts)
-    trajectory, _ = policy.walked(batch, policy.mixing, probed_steps(policy.options.steps))
+    trajectory = probed(policy, batch)
     anchored = policy.anchor(trajectory, [torch.arange(len(trajectory))])
     slope = replays.gradient(policy, trajectory)
     found = [replays.exact(policy, anchored), replays.reached(slope), noise_off(policy, batch)]
@@ -40,6 +41,13 @@ def probe(policy: "SpeechPolicy", prompts: Sequence[Prompt]) -> Batch:
     order = sorted(range(len(prompts)), key=lambda index: recordings.length(prompts[index], policy.mixing))
     chosen = list(dict.fromkeys((order[0], order[-1])))
     return requests(prompts, chosen, group_size=2, seed=0, iteration=0)
+
+
+def probed(policy: "SpeechPolicy", batch: Batch) -> Trajectory:
+    """The draws of a rollout, or some of its steps, whichever are decisions."""
+    if isinstance(policy.decided, Draws):
+        return policy.rollout(batch)[0]
+    return policy.walked(batch, policy.mixing, probed_steps(policy.options.steps))[0]
 
 
 def probed_steps(steps: int) -> Tensor:

@@ -5,7 +5,7 @@ x_1 = centre + noise, so y_t = x_t - t centre is a plain flow from unit noise, w
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mmgrpo import seeds
-from mmgrpo.transitions import Gaussian, Level, Step, from_velocity, ode
+from mmgrpo.transitions import Gaussian, Level, Step, from_velocity, log_ratio, ode
+from mmgrpo.types import Evaluation
+from pipelines import decisions
 from pipelines.speech_flow import times
 from pipelines.speech_models import Model
 
@@ -26,6 +28,15 @@ class Given(NamedTuple):
     noisy: Tensor  # (b, N)
     condition: Tensor  # (b, Cc, K, T)
     centre: Tensor  # (b, C, K, T)
+
+
+class Velocities(NamedTuple):
+    """Of one step, under several weights; (b, C, K, T) each."""
+
+    new: Tensor  # today's, with gradient
+    old: Tensor  # before any update, in a replay
+    sampled: Tensor  # in the rollout
+    reference: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -93,14 +104,30 @@ class Steps:
 
     def velocity(self, x: Tensor, step: int, given: Given) -> Tensor:
         """The network's output in a state, at least float32; (b, C, K, T) -> (b, C, K, T)."""
-        t = self.levels[step].sigma.to(self.device, torch.float32).expand(len(x))
-        found: Tensor = self.precise.network(x, t, given.condition)
+        return self.velocity_at(x, self.levels[step].sigma.expand(len(x)), given)
+
+    def velocity_at(self, x: Tensor, t: Tensor, given: Given) -> Tensor:
+        """The same at any times; (b, C, K, T), (b,) -> (b, C, K, T)."""
+        found: Tensor = self.precise.network(x, t.to(self.device, torch.float32), given.condition)
         return found
 
     def gaussian(self, x: Tensor, velocity: Tensor, step: int, centre: Tensor, planned: bool = True) -> Gaussian:
         """The distribution of the next state under a velocity; of a step that is not planned the deterministic one."""
         sampler = self.options.sampler if planned else ode
         return transition(x, velocity, centre, self.levels, step, sampler)
+
+    def evaluated(self, x: Tensor, following: Tensor, velocities: Velocities, step: int, centre: Tensor) -> Evaluation:
+        """A planned step from a state to the one that followed; (b, C, K, T) each -> (b, 1)."""
+
+        def gaussian(of: Tensor) -> Gaussian:
+            return self.gaussian(x, of, step, centre)
+
+        new, old, sampled, reference = velocities
+        held = None if reference is None else gaussian(reference)
+        dt = (self.levels[step].sigma - self.levels[step + 1].sigma).to(new.device)
+        decision = decisions.Part(following, gaussian(new), gaussian(old), held, dt)
+        gap = log_ratio(following, decision.old, gaussian(sampled), self.options.reduction)
+        return replace(decisions.evaluate([decision], self.options.reduction), sampler_gap=gap.unsqueeze(1))
 
     def decode(self, latent: Tensor, given: Given) -> Tensor:
         """The recordings of latents, within [-1, 1]; (b, C, K, T) -> (b, N) on the CPU."""

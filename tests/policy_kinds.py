@@ -14,7 +14,8 @@ from sounds import RATE, recordings, tiny
 from tiny_pipelines.policy import NAMED
 from tiny_pipelines.policy import policy_of as pipeline_policy
 
-from mmgrpo.schedules import all_but_last
+from mmgrpo.draws import Draws
+from mmgrpo.schedules import Plan, all_but_last
 from mmgrpo.transitions import ddim, flow_sde
 from mmgrpo.types import Prompt
 from pipelines.answers import Options as AnswerOptions
@@ -78,10 +79,10 @@ def fewer_stories(policy: Any) -> None:
     policy.options = replace(policy.options, replay_rows=1)
 
 
-def speech(folder: Path) -> Made:
+def speech(decided: Plan | Draws, folder: Path) -> Made:
     prompts = recordings(folder)[:2]
     mixing = Mixing(RATE, noise=folder / "noise", snr=(0, 5))
-    policy = SpeechPolicy(tiny("band gains"), SpeechOptions(steps=4, sampler=flow_sde), all_but_last, mixing)
+    policy = SpeechPolicy(tiny("band gains"), SpeechOptions(steps=4, sampler=flow_sde), decided, mixing)
     policy.prepare(prompts)
     return policy, prompts
 
@@ -94,7 +95,8 @@ KINDS = (
     PolicyKind("image flow", partial(pipeline, "StableDiffusion3", from_levels(flow_sde)), fewer_rows),
     PolicyKind("image diffusion", partial(pipeline, "StableDiffusion", from_levels(ddim)), fewer_rows),
     PolicyKind("video flow", partial(pipeline, "Wan", from_levels(flow_sde)), fewer_rows),
-    PolicyKind("speech", speech, fewer_recordings),
+    PolicyKind("speech", partial(speech, all_but_last), fewer_recordings),
+    PolicyKind("draws of speech", partial(speech, Draws()), fewer_recordings),
     PolicyKind("pictures and text", partial(answers, "Qwen2_5_VLForConditionalGeneration"), fewer_tokens),
     PolicyKind("text", partial(answers, "Qwen3ForCausalLM"), fewer_tokens),
     PolicyKind("text in blocks", partial(filled, "block"), fewer_copies),

@@ -43,7 +43,7 @@ EVERYWHERE = {  # with every policy
     "cispo": cispo,
     "sampler_corrected": sampler_corrected(),
     "top_entropy": top_entropy(share=0.5),
-    "by_kind": by_kind(token_weight=0.5),
+    "by_kind": by_kind(token_weight=0.5, draw=clipped),
     "disco": disco,
     "dno": dno,
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmgrpo import seeds
 from mmgrpo.data import requests
 from mmgrpo.gathering import joined_trajectory
+from mmgrpo.improve import small
 from mmgrpo.schedules import all_but_last, listed
 from mmgrpo.shadow import Reference
 from mmgrpo.transitions import cps, dance_sde, ddim, flow_sde
@@ -63,11 +64,11 @@ def batch_of(prompts: list[Prompt], size: int = 3, iteration: int = 0) -> Batch:
 
 
 def evaluations(policy: SpeechPolicy, trajectory: Trajectory, reference=None) -> dict[str, Tensor]:
-    """Every field of a replay, (B, S); NaN where nothing was evaluated."""
+    """Every field of a replay of one number a decision, (B, S); NaN where nothing was evaluated."""
     found: dict[str, Tensor] = {}
 
     def consume(chunk: Chunk) -> None:
-        for name, value in chunk.evaluation.tensors().items():
+        for name, value in small(chunk.evaluation).items():
             whole = found.setdefault(name, torch.full(trajectory.mask.shape, math.nan, dtype=value.dtype))
             whole[chunk.rows.unsqueeze(1), chunk.steps] = value.detach()
 

@@ -1,5 +1,6 @@
 """Whole runs of a tiny speech flow through the trainer: every objective, several updates and rounds, exact resume."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,20 @@ RESUMED = {
 
 @pytest.mark.parametrize("overrides", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe, tmp_path, overrides) -> None:
+    same_after_a_resume(recipe, tmp_path, overrides)
+
+
+@pytest.mark.parametrize("objective", ["nft", "advantage_weighted"])
+def test_so_does_one_on_draws_whose_sampling_weights_lag(recipe, tmp_path, objective) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(re.sub("(?m)^plan = .*$", "draws = { count = 2 }", path.read_text()))
+    lagging = ("behaviour.lag=0.5", "ema.decay=0.5", "train.updates=2", "train.rounds=2")
+    same_after_a_resume(recipe, tmp_path, (*lagging, f"objective.build='mmgrpo.matching:{objective}'"))
+    assert examine(start(recipe())).ok
+
+
+def same_after_a_resume(recipe, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """Compare a run of four iterations with one that stops after two and goes on."""
     overrides = (*overrides, "train.evaluate_every=1")
     train(recipe(*overrides), tmp_path / "whole")
     train(recipe(*overrides, "train.iterations=2"), tmp_path / "half")
