@@ -12,6 +12,7 @@ from mmgrpo.aggregations import token_mean
 from mmgrpo.comparing import told
 from mmgrpo.data import requests
 from mmgrpo.improve import TOLD, Given, Measured, accumulate
+from mmgrpo.previewing import previewed
 from mmgrpo.ratios import decision
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
@@ -124,6 +125,7 @@ def comparison(run: Run, trajectory: Trajectory, samples: Samples) -> Finding:
     """The advantage finds what it needs in the rewards."""
     try:
         judged = score(run.rewards, run.weights, samples, trajectory.mask.shape[1])
+        trajectory = previewed(run.compare, run.policy, run.rewards, run.weights, trajectory, judged)
         compare = copy.deepcopy(run.compare)  # which may remember what it saw
         advantage = compare(told(compare, run.policy, judged, trajectory, samples))
         imitated(advantage, run.loss.anchor_weight)

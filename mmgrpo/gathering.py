@@ -18,6 +18,7 @@ from mmgrpo.comparing import teaching, told
 from mmgrpo.data import choose, requests
 from mmgrpo.improve import evaluate
 from mmgrpo.journal import Stopwatch
+from mmgrpo.previewing import previewed
 from mmgrpo.recall import Kept, best, fits, in_memory, places, scores, young
 from mmgrpo.run import Run
 from mmgrpo.scoring import score
@@ -47,6 +48,7 @@ def gather(run: Run, phases: Stopwatch) -> Gathered:
             trajectory, samples = run.policy.rollout(batch)
         with phases.measure("score"):
             feedback = score(run.rewards, run.weights, samples, trajectory.mask.shape[1])
+            trajectory = previewed(run.compare, run.policy, run.rewards, run.weights, trajectory, feedback)
             parts.append((trajectory, told(run.compare, run.policy, feedback, trajectory, samples)))
         run.rollouts += 1
         run.samples += len(batch)

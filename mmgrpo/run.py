@@ -17,6 +17,7 @@ from mmgrpo.data import load_prompts
 from mmgrpo.entropy import Adaptation, Band, Bonus
 from mmgrpo.improve import Loss
 from mmgrpo.optimizers import optimizer
+from mmgrpo.previewing import expect
 from mmgrpo.recall import Kept, packed, unpacked
 from mmgrpo.recipe import Loss as LossOptions
 from mmgrpo.recipe import Recipe, build
@@ -79,6 +80,8 @@ def start(recipe: Recipe) -> Run:
     """Build every component of a recipe, in its first state; seeds the process."""
     seeds.seed_process(seeds.derive(recipe.seed, "process"))
     policy: Policy = build(recipe.policy, "policy")
+    compare: AdvantageFunction = build(recipe.advantage, "advantage")
+    expect(compare, policy)
     prompts = load_prompts(recipe.prompts.source, **recipe.prompts.options)
     evaluation = recipe.evaluation
     held_out = load_prompts(evaluation.source, **evaluation.options) if evaluation.source else []
@@ -94,7 +97,7 @@ def start(recipe: Recipe) -> Run:
         held_out=held_out,
         rewards=built_rewards(recipe, held_out=False),
         watched=built_rewards(recipe, held_out=True),
-        compare=build(recipe.advantage, "advantage"),
+        compare=compare,
         loss=built_loss(recipe),
         bonus=Bonus(recipe.loss.entropy_weight),
         aggregate=aggregation(recipe),

@@ -4,7 +4,7 @@ Axes: P prompts, G samples per prompt, B = P * G samples, S decisions per sample
 C channels, H, W height and width, F frames, N audio samples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -317,6 +317,27 @@ class Informative(Protocol):
 
     def facts(self, trajectory: Trajectory, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Facts by name, each leading with B, under today's weights, no gradient; raises ValueError for an unknown name."""
+        ...
+
+
+class Preview(NamedTuple):
+    """The data that a policy predicts in one step behind a decision, as rewards look at it."""
+
+    step: int  # column of the trajectory: the decision behind which it was predicted
+    rows: Tensor  # (b,) int64 rows of the trajectory
+    samples: Samples  # b
+
+
+@runtime_checkable
+class Previewing(Protocol):
+    """A policy that can show what it predicts of a sample while it makes it."""
+
+    def keep_predictions(self) -> None:
+        """Have rollouts record what `previews` needs; called before `prepare`; raises ValueError if there is no such thing."""
+        ...
+
+    def previews(self, trajectory: Trajectory) -> Iterator[Preview]:
+        """What the weights that sampled predicted behind each decision but a sample's last, one at a time in their order."""
         ...
 
 

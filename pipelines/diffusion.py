@@ -4,7 +4,7 @@
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +21,8 @@ from mmgrpo.routes import Routes
 from mmgrpo.schedules import Plan
 from mmgrpo.toml import nearest
 from mmgrpo.transitions import Gaussian, Step
-from mmgrpo.types import Batch, Consumer, Finding, Prompt, Reference, Samples, Trajectory
-from pipelines import weights
+from mmgrpo.types import Batch, Consumer, Finding, Preview, Prompt, Reference, Samples, Trajectory
+from pipelines import previews, weights
 from pipelines.decisions import from_levels
 from pipelines.engine import Engine
 from pipelines.forward_process import ForwardProcess
@@ -76,6 +76,21 @@ class DiffusionPolicy:
         self.notes += weights.make_trainable(self.engine.modules(), self.lora, self.gradient_checkpointing)
         self.engine.measure(prompts[0])
         self.notes += self.process.settle(prompts)
+        if self.engine.predictions:
+            self.notes.append(previews.measure(self.engine, prompts))
+
+    def keep_predictions(self) -> None:
+        """From now on rollouts keep what `previews` shows; before `prepare`, which finds out whether the pipeline can show it."""
+        if not isinstance(self.process, ReverseProcess):
+            raise ValueError(
+                "the advantage needs what is predicted behind each step, and the rollouts of policy.draws record no steps; "
+                "expected policy.sampler with policy.plan or policy.routes"
+            )
+        self.engine.predictions = True
+
+    def previews(self, trajectory: Trajectory) -> Iterator[Preview]:
+        """The clean samples that were predicted behind each step but the last."""
+        return previews.previews(self.engine, trajectory)
 
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One sample per row; each row depends on the run's seed, its sample id and its prompt alone."""

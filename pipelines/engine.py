@@ -51,6 +51,7 @@ class Engine:
         self.memo = Memo(f"{type(pipeline).__name__}|{revision}", cache)
         self.stub = Stub()
         self.layout = Layout((), ())
+        self.predictions = False  # of clean samples are kept in a rollout
 
     @torch.no_grad()
     def discover(self, prompt: Prompt, train: Sequence[str]) -> None:

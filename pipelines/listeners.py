@@ -96,7 +96,7 @@ class Recorder:
         output = forward(*args, **kwargs)
         if self.outputs:
             for place, tensor in enumerate(structure.tensors(output)):
-                self._keep(f"denoised.{group}.{self.calls[group]}.{place}", tensor)
+                self.keep(f"denoised.{group}.{self.calls[group]}.{place}", tensor)
         self.calls[group] += 1
         return output
 
@@ -131,7 +131,7 @@ class Recorder:
         if group < self.way.begin - 1:
             return sample.detach()
         state = self.way.states[name].reshape(sample.shape).to(sample.device)
-        self._keep(name, state)
+        self.keep(name, state)
         return state
 
     def _draw(self, group: int, sample: Tensor, output: Tensor, gaussian: Gaussian, dtype: torch.dtype) -> Tensor:
@@ -143,17 +143,17 @@ class Recorder:
             noise = seeds.normal(drawn, by_row(sample, len(drawn)).shape[1:]).view_as(sample)
             state = state + gaussian.std * noise.to(state)
             self.trained.add(group)
-            self._keep(f"state.{group}.{part}", checksum(by_row(sample, len(drawn))))
-            self._keep(f"output.{group}.{part}", output)
+            self.keep(f"state.{group}.{part}", checksum(by_row(sample, len(drawn))))
+            self.keep(f"output.{group}.{part}", output)
         # rounded to the sampler's dtype before anything is scored, and laid out as a replay will: strides choose kernels
         state = state.to(dtype).contiguous()
         if (
             self.everything or self.planned[group : group + 2].any()
         ):  # teacher forcing needs the way into a trained step, and its outcome
-            self._keep(f"next.{group}.{part}", state)
+            self.keep(f"next.{group}.{part}", state)
         return state
 
-    def _keep(self, name: str, tensor: Tensor) -> None:
+    def keep(self, name: str, tensor: Tensor) -> None:
         place = "cpu" if self.offload else tensor.device
         self.record[name] = by_row(tensor.detach(), len(self.row_seeds)).to(place, copy=True)
 

@@ -17,6 +17,7 @@ from mmgrpo.types import Batch, Prompt, Samples, Trajectory
 from pipelines import thinning
 from pipelines.engine import Engine
 from pipelines.listeners import Recorder, Way
+from pipelines.previews import Predicting, kept
 from pipelines.thinning import Change
 
 if TYPE_CHECKING:
@@ -65,10 +66,11 @@ def one_way(
     planned[list(route.trained)] = True
     begin = first(route) if states else 0
 
-    def listen(part: Batch) -> Recorder:
+    def listen(part: Batch) -> Recorder | Predicting:
         rows = torch.isin(batch.sample, part.sample).nonzero().flatten()
         known = {name: state[rows] for name, state in states.items()}
-        return engine.recorder(part, planned, Way(begin, known, engine.stub, fast_from=route.fast_from))
+        way = Way(begin, known, engine.stub, fast_from=route.fast_from)
+        return kept(engine, engine.recorder(part, planned, way))
 
     taken = list(route.taken)
     record, samples = engine.made(batch, listen, reschedule=change(taken, steps))
@@ -118,7 +120,7 @@ def thinned(part: Trajectory) -> Change | None:
     if "taken" not in part.record:
         return None
     taken = [step for step in part.record["taken"][0].tolist() if step >= 0]
-    return change(taken, part.mask.shape[1])
+    return change(taken, part.mask.shape[1]) if taken else None  # none are noted of a route that takes all
 
 
 def ways_of(trajectory: Trajectory, sizes: bool = True) -> Tensor:

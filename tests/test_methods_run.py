@@ -30,7 +30,7 @@ NEEDS_PARTS, NEEDS_EDGES, NEEDS_STEPS, NEEDS_COLUMNS, NEEDS_REWARDS = (
     {"dr_irl_scaling", "a_star_po"},
     {"lightning_rl"},
 )
-NEEDS_FACTS = {"vgpo", "euphonium"}  # of rewards of single steps
+NEEDS_FACTS = {"euphonium"}  # of rewards of single steps
 
 
 @dataclass(frozen=True)
