@@ -49,6 +49,7 @@ class ReverseProcess:
         """The trajectory itself: the rollout recorded the model outputs that a replay compares with."""
         return trajectory
 
+    @torch.no_grad()
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One sample per row; each row depends on the run's seed, its sample id and its prompt alone."""
         engine = self.engine
