@@ -115,11 +115,11 @@ def change(taken: Sequence[int], steps: int) -> Change | None:
 
 
 def thinned(part: Trajectory) -> Change | None:
-    """The schedule of the replay of rows that took one route; beside a route that is thinned out, one of all steps has -1 alone."""
+    """The schedule of the replay of rows that took one route."""
     if "taken" not in part.record:
         return None
     taken = [step for step in part.record["taken"][0].tolist() if step >= 0]
-    return change(taken, part.mask.shape[1]) if taken else None
+    return change(taken, part.mask.shape[1]) if taken else None  # none are noted of a route that takes all
 
 
 def ways_of(trajectory: Trajectory, sizes: bool = True) -> Tensor:
