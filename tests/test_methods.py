@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from mmgrpo.behaviour import share_kept
 from mmgrpo.cli import app
-from mmgrpo.components import build
+from mmgrpo.components import build, typed
+from mmgrpo.draws import Draws
+from mmgrpo.facts import facts
 from mmgrpo.methods import catalogue, definition, find, needs
 from mmgrpo.recipe import Recipe, RecipeError, load, resolved
 from mmgrpo.toml import write
@@ -70,6 +73,7 @@ def test_a_method_is_one_line_of_a_recipe_and_equals_its_part_written_out(tmp_pa
     long = load(tmp_path / "long.toml")
     assert (short.advantage, short.objective, short.loss) == (long.advantage, long.objective, long.loss)
     assert (short.train, short.entropy, short.policy) == (long.train, long.entropy, long.policy)
+    assert (short.behaviour, short.ema, short.reference) == (long.behaviour, long.ema, long.reference)
     (tmp_path / "again.toml").write_text(resolved(short), encoding="utf-8")
     assert load(tmp_path / "again.toml") == short
 
@@ -81,7 +85,7 @@ def test_its_parts_are_built_and_its_definition_can_be_read(name):
         if section in method.recipe:
             assert callable(build(method.recipe[section], section))
     for option, value in method.recipe.get("policy", {}).items():
-        assert option == "same_noise" or callable(build(value, f"policy.{option}"))
+        assert option in ("same_noise", "draws") or callable(build(value, f"policy.{option}"))
     text = definition(name)
     assert method.paper in text and f'method = "{name}"' in text and all(need in text for need in needs(method))
     if method.status != "exact":
@@ -112,6 +116,25 @@ def test_a_part_of_the_policy_lies_under_any_that_has_its_options(tmp_path):
     mine = 'sampler = { build = "mmgrpo.transitions:cps", eta = 0.5 }\n[prompts]'
     found = loaded(tmp_path, 'method = "mix_grpo"', base=FLOW.replace("[prompts]", mine)).policy
     assert found["sampler"] == {"build": "mmgrpo.transitions:cps", "eta": 0.5} and found["plan"]["size"] == 4
+
+
+@pytest.mark.parametrize("name", ["nft", "nft_plain", "awm", "awm_tuned", "dgpo", "gdro"])
+def test_a_method_of_the_forward_process_brings_its_draws_and_nothing_of_a_sampler(tmp_path, name):
+    found = loaded(tmp_path, f'method = "{name}"', base=FLOW)
+    assert {"sampler", "plan", "routes"}.isdisjoint(found.policy)
+    draws = typed(found.policy["draws"], Draws, "policy.draws")
+    compares = facts(build(found.objective, "objective")).couples == "batch"
+    assert draws.share == ("group" if compares else "sample")
+
+
+def test_the_weights_that_sample_lag_as_published(tmp_path):
+    nft = loaded(tmp_path, 'method = "nft"', base=FLOW).behaviour
+    kept = [share_kept(step, nft.lag, nft.ramp, nft.flat) for step in (0, 99, 499, 5000)]
+    assert kept == pytest.approx([0.001, 0.1, 0.5, 0.5])  # q = min(0.001 step, 0.5)
+    dgpo = loaded(tmp_path, 'method = "dgpo"', base=FLOW)
+    kept = [share_kept(step, dgpo.behaviour.lag, dgpo.behaviour.ramp, dgpo.behaviour.flat) for step in (0, 299, 5000)]
+    assert kept == pytest.approx([0.001, 0.3, 0.3])
+    assert dgpo.policy["draws"]["low"] == pytest.approx(3 * 0.3 / (1 + 2 * 0.3))  # a share of 0.3 under a shift of 3
 
 
 def test_a_policy_without_the_options_of_a_method_is_refused(tmp_path):

@@ -18,11 +18,13 @@ from pipelines import assets, tiny_vlm
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[1] / "pipelines" / "recipes"
-OWN = ("advantage", "objective", "loss", "entropy", "recall")  # sections that belong to the method
+# sections that belong to the method, or to the demo alone
+OWN = ("advantage", "objective", "loss", "entropy", "recall", "reference", "behaviour", "ema", "watch")
+PROCESS = ("sampler", "plan", "routes", "draws")  # options of a policy that say what its decisions are
+STEPS = {"sampler": {"build": "mmgrpo.transitions:flow_sde"}, "plan": {"build": "mmgrpo.schedules:all_but_last"}}
 SMALL = {"iterations": 2, "prompts": 2, "updates": 1, "evaluate_every": 0, "save_every": 2, "keep_share": 1.0}
 TOKENS = {"dist_centric", "token_hidden_reward", "unlikeliness", "gigpo", "salt_graph", "entropy_clip_batch",
           "entropy_clip_vocabulary", "tis", "mis", "top_entropy", "entropy_bonus", "hybrid_ratio_guided", "disco", "disco_b"}  # fmt: skip
-NEEDS_DRAWS = {"nft", "nft_plain", "awm", "awm_tuned", "dgpo", "gdro"}
 NEEDS_PARTS, NEEDS_EDGES, NEEDS_STEPS, NEEDS_COLUMNS, NEEDS_REWARDS = (
     {"process"},
     {"edge_grpo"},
@@ -42,9 +44,9 @@ class Case:
 CASES = [
     Case(
         "demo_image",
-        frozenset(TOKENS | NEEDS_PARTS | NEEDS_EDGES | NEEDS_COLUMNS | NEEDS_REWARDS | NEEDS_FACTS | NEEDS_DRAWS),
+        frozenset(TOKENS | NEEDS_PARTS | NEEDS_EDGES | NEEDS_COLUMNS | NEEDS_REWARDS | NEEDS_FACTS),
     ),
-    Case("demo_vlm", frozenset(NEEDS_PARTS | NEEDS_EDGES | NEEDS_STEPS | NEEDS_COLUMNS | NEEDS_REWARDS | NEEDS_DRAWS)),
+    Case("demo_vlm", frozenset(NEEDS_PARTS | NEEDS_EDGES | NEEDS_STEPS | NEEDS_COLUMNS | NEEDS_REWARDS)),
 ]
 
 
@@ -61,13 +63,12 @@ def table_of(case: Case, name: str, questions: Path) -> dict[str, Any]:
     table["train"] = {**SMALL, "group_size": size}
     shipped = assets.folder(case.recipe.removeprefix("demo_") + "_demo")
     named = find(name, "").recipe.get("policy", {})
-    table["policy"] = {key: value for key, value in table["policy"].items() if key not in named} | {
-        "model": str(shipped)
-    }
+    others = {key: value for key, value in table["policy"].items() if key not in (*PROCESS, *named)}
+    table["policy"] = others | {"model": str(shipped)}
     if named and case.recipe == "demo_image":
         table["policy"] |= {"call": {"num_inference_steps": 16 if name == "e_grpo" else 10}}
-    if "routes" in named:
-        table["policy"].pop("plan", None)
+    elif case.recipe == "demo_image":
+        table["policy"] |= STEPS
     prompts = shipped / "prompts" / "train.jsonl" if case.recipe == "demo_image" else questions
     table["prompts"] |= {"source": str(prompts), "limit": 8}
     table["optimizer"] |= {"learning_rate": 1e-4}

@@ -59,9 +59,24 @@ class Case:
 
 CLIP = ("policy.call.num_frames=5", "policy.call.max_sequence_length=32")
 SOURCE = ("policy.video.frames=5", "policy.video.height=16", "policy.video.width=16")
+FLASH = "method=mix_grpo_flash"
 CASES = [
     Case("sd35_medium_pickscore", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
     Case("sd35_medium_ocr", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
+    Case("sd35_medium_flow_grpo_fast", "StableDiffusion3", ("policy.call.num_inference_steps=6",)),
+    Case("sd35_medium_guard", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
+    Case("sd35_medium_dppo", "StableDiffusion3", ("policy.call.num_inference_steps=6",)),
+    Case("sd35_medium_tempflow", "StableDiffusion3", ("policy.call.num_inference_steps=4", "train.group_size=6")),
+    Case("sd35_medium_nft", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
+    Case("sd35_medium_awm", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
+    Case("sd35_medium_dgpo", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
+    Case("sd35_medium_gdro", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
+    Case("flux_dev_mix_grpo", "Flux", ("policy.call.num_inference_steps=5", "train.prompts=4")),
+    Case("flux_dev_mix_grpo", "Flux", (FLASH, "policy.call.num_inference_steps=6", "train.prompts=4")),
+    Case("flux_dev_e_grpo", "Flux", ("policy.call.num_inference_steps=6", "train.prompts=4", "train.group_size=6")),
+    Case("flux_dev_dance", "Flux", ("policy.call.num_inference_steps=10", "train.prompts=4")),
+    # a second update: the first one has no gradient for half of each adapter, as the other half starts at 0
+    Case("wan21_1b_nft", "Wan", (*CLIP, "policy.call.num_inference_steps=4", "train.updates=2")),
     Case("flux_dev_pickscore_window", "Flux", ("policy.call.num_inference_steps=5", "train.prompts=4")),
     Case("flux_kontext_edit", "FluxKontext", ("policy.call.max_area=256", "policy.call.num_inference_steps=4")),
     Case("qwen_image_lora", "QwenImage", ("policy.call.num_inference_steps=4",)),
