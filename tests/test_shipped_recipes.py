@@ -67,6 +67,7 @@ CASES = [
     Case("sd35_medium_guard", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
     Case("sd35_medium_dppo", "StableDiffusion3", ("policy.call.num_inference_steps=6",)),
     Case("sd35_medium_tempflow", "StableDiffusion3", ("policy.call.num_inference_steps=4", "train.group_size=6")),
+    Case("sd35_medium_vgpo", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
     Case("sd35_medium_nft", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
     Case("sd35_medium_awm", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
     Case("sd35_medium_dgpo", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
