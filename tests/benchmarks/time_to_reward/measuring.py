@@ -4,6 +4,7 @@ A worker has one thread. Held-out images come from 8 noiseless steps whatever th
 all runs, under the averaged weights if the method keeps any.
 """
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -67,8 +68,8 @@ def placed(prompts: str) -> list[str]:
 
 
 def settings(method: Method, seed: int) -> str:
-    """What a method's recipe says, without defaults, the same on every machine."""
-    text = toml.write(toml.read(method.base, given(method, seed)))
+    """What a method's recipe says, without defaults, in the order of the keys, the same on every machine."""
+    text = json.dumps(toml.read(method.base, given(method, seed)), sort_keys=True)
     return text.replace(str(assets.folder("image_demo")), "assets/image_demo")
 
 
