@@ -14,19 +14,21 @@ from torch.nn import Parameter
 from mmgrpo.shadow import Shadow
 
 
-def share_kept(iteration: int, lag: float, ramp: float | None) -> float:
-    """q after an iteration, from 0: min(ramp * (iteration + 1), lag); `lag` itself without a ramp."""
-    return lag if ramp is None else min(ramp * (iteration + 1), lag)
+def share_kept(iteration: int, lag: float, ramp: float | None, flat: int) -> float:
+    """q after an iteration, from 0: min(ramp * (iteration + 1 - flat), lag), at least 0; `lag` itself without a ramp."""
+    return lag if ramp is None else min(max(0.0, ramp * (iteration + 1 - flat)), lag)
 
 
 class Behaviour:
     """The weights that sample, in float32 or finer where they lag."""
 
-    def __init__(self, parameters: Mapping[str, Parameter], lag: float = 0.0, ramp: float | None = None) -> None:
-        """lag: the largest q, 0 is today's weights; ramp: by which q rises each iteration."""
+    def __init__(
+        self, parameters: Mapping[str, Parameter], lag: float = 0.0, ramp: float | None = None, flat: int = 0
+    ) -> None:
+        """lag: the largest q, 0 is today's weights; ramp: by which q rises each iteration; flat: iterations before it does."""
         if not 0 <= lag < 1:
             raise ValueError(f"lag is {lag}; expected a number in [0, 1)")
-        self._lag, self._ramp = lag, ramp
+        self._lag, self._ramp, self._flat = lag, ramp, flat
         self._shadow = Shadow(parameters, torch.float32) if lag else None
 
     @property
@@ -41,7 +43,7 @@ class Behaviour:
     def after_iteration(self, iteration: int) -> None:
         """Call once after the last update of every iteration."""
         if self._shadow is not None:
-            self._shadow.follow(share_kept(iteration, self._lag, self._ramp))
+            self._shadow.follow(share_kept(iteration, self._lag, self._ramp, self._flat))
 
     def tensors(self) -> dict[str, Tensor]:
         """Its own weights for a checkpoint; none where it samples with today's."""

@@ -115,6 +115,7 @@ class Behaviour:
 
     lag: Share = 0.0  # the largest q; 0: today's weights sample
     ramp: Positive | None = None  # by which q rises in each iteration, from 0; not set: q is the lag from the start
+    flat: Natural = 0  # iterations before q rises
 
 
 @section

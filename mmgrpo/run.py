@@ -104,7 +104,7 @@ def start(recipe: Recipe) -> Run:
         optimizer=optimizer(trainable, recipe.optimizer),
         reference=Reference(reference.kind, trainable, adapters_off=off, **decay),
         average=Shadow(trainable, torch.float32) if recipe.ema.decay else None,
-        behaviour=Behaviour(trainable, recipe.behaviour.lag, recipe.behaviour.ramp),
+        behaviour=Behaviour(trainable, recipe.behaviour.lag, recipe.behaviour.ramp, recipe.behaviour.flat),
     )
 
 
