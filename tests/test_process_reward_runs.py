@@ -109,8 +109,8 @@ def test_samples_guided_by_a_trained_model_score_higher_from_equal_noise(tmp_pat
     (line,) = [line for line in journal.read(tmp_path / "prm" / "run") if "held_out/loss" in line]
     assert line["held_out/rank_correlation_at_0.3"] > 0.1
     (tmp_path / "given.toml").write_text(ALIGNED)
-    guided = start(load(tmp_path / "given.toml", [guide_of(tmp_path / "prm", "policy.guide", 0.005)]))
-    batch = requests(guided.prompts, range(len(guided.prompts)), group_size=64, seed=77, iteration=0)
+    guided = start(load(tmp_path / "given.toml", [guide_of(tmp_path / "prm", "policy.guide", 0.001)]))
+    batch = requests(guided.prompts, range(len(guided.prompts)), group_size=64, seed=1001, iteration=0)
     without = learned.policy.generator.rollout(batch)[1]
     change = shape_reward(guided.policy.rollout(batch)[1]) - shape_reward(without)
     assert float(change.mean()) > 2 * float(change.std()) / math.sqrt(len(change))
