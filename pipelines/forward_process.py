@@ -19,6 +19,7 @@ from pipelines import forward_check, mixed_draws, thinning
 from pipelines.engine import Engine
 from pipelines.levels import Levels
 from pipelines.matching import Emit, Matcher, Sampling, State, Witness, cleans, noise_of, olds
+from pipelines.settle import REFUSALS, shown
 
 FINE = 500  # steps of the schedule that levels are taken from
 
@@ -34,7 +35,11 @@ class ForwardProcess:
 
     def settle(self, prompts: Sequence[Prompt]) -> list[str]:
         """Choose the most economical call in which a draw is evaluated as the pipeline's own loop would; -> notes."""
-        self.levels = self.engine.schedule(prompts[0], self.call())
+        try:
+            self.levels = self.engine.schedule(prompts[0], self.call())
+        except REFUSALS as error:
+            name = type(self.engine.pipeline).__name__
+            raise ValueError(f"policy.draws: {name} has no schedule of {FINE} steps: {shown(error)}") from error
         return forward_check.settle(self, prompts)
 
     def findings(self, prompts: Sequence[Prompt]) -> list[Finding]:

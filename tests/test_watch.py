@@ -136,6 +136,8 @@ COLLAPSES = [
     ),
 ]
 RUN = (
+    "policy.call.num_inference_steps=5",
+    "objective={build='mmgrpo.objectives:guarded', low=1e-4, high=1e-4}",
     "train.prompts=16",
     "train.group_size=6",
     "train.iterations=26",
