@@ -10,7 +10,9 @@ from mmgrpo.behaviour import Behaviour, share_kept
 def test_the_share_that_is_kept_rises_to_its_bound():
     assert [share_kept(iteration, 0.5, 0.2, 0) for iteration in range(4)] == pytest.approx([0.2, 0.4, 0.5, 0.5])
     assert share_kept(0, 0.5, None, 0) == 0.5
-    assert share_kept(999, 0.5, 0.001, 0) == 0.5 and share_kept(99, 0.5, 0.001, 0) == pytest.approx(0.1)  # DiffusionNFT's
+    assert share_kept(999, 0.5, 0.001, 0) == 0.5 and share_kept(99, 0.5, 0.001, 0) == pytest.approx(
+        0.1
+    )  # DiffusionNFT's
     assert share_kept(74, 0.999, 0.0075, 75) == 0 and share_kept(275, 0.999, 0.0075, 75) == 0.999  # and its delayed one
 
 
