@@ -32,13 +32,14 @@ class Method:
 
 UNENDING = ("optimizer.decay=constant", "train.iterations=100000")  # the budget ends it
 PLAIN = "objective={build='mmgrpo.matching:nft_plain', bound=0.5}"
-ADAMW = (
-    "optimizer.muon=[]",
-    "optimizer.learning_rate=1e-3",
-    "advantage={build='mmgrpo.advantages:standardized', clamp=5.0}",
+ADAMW = ("optimizer.muon=[]", "advantage={build='mmgrpo.advantages:standardized', clamp=5.0}")
+AWM = (*ADAMW, "optimizer.learning_rate=1e-4", "objective={build='mmgrpo.matching:advantage_weighted'}")
+DGPO = (
+    *ADAMW,
+    "optimizer.learning_rate=3e-4",
+    "objective={build='mmgrpo.group_matching:dgpo'}",
+    "reference.kind=frozen",
 )
-AWM = (*ADAMW, "objective={build='mmgrpo.matching:advantage_weighted'}")
-DGPO = (*ADAMW, "objective={build='mmgrpo.group_matching:dgpo'}", "reference.kind=frozen")
 METHODS = (
     Method("baseline", "Flow-GRPO", "arXiv 2505.05470", budget=120.0),
     Method(
