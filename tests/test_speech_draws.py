@@ -227,7 +227,7 @@ def test_gradients_are_those_of_finite_differences(prompts, folder) -> None:
             r"policy\.draws\.call is {'guidance_scale': 1.0}; a flow over",
         ),
     ],
-    ids=str,
+    ids=["none", "two", "call"],
 )
 def test_options_that_name_no_decisions_are_refused(options, message, folder, tmp_path) -> None:
     model = saved(tmp_path / "model", lambda: tiny("band gains"))

@@ -90,7 +90,7 @@ def test_a_stopped_run_is_saved_with_its_result_and_goes_on_only_when_told_to(tm
     assert list(saved) == [1, run.iteration], "one from before the watch could stop, kept beside the newest"
     assert said.endswith(
         f"watch: stopped after {run.iteration} of 8 iterations; the result is the average of the weights, in {saved[run.iteration] / 'model'}\n"
-        f"watch: go on with: mmgrpo resume {saved[1]} optimizer.learning_rate=0.000165; "
+        f"watch: go on with: mmgrpo resume {saved[1]} optimizer.learning_rate=0.00015; "
         f"or unwatched from here: mmgrpo resume {folder} watch.action=off\n"
     )
     assert said.endswith("".join(f"watch: {line}\n" for line in (folder / "watch.txt").read_text().splitlines()))
