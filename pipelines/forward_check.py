@@ -33,10 +33,12 @@ class Witness:
     def __init__(self) -> None:
         self.states: dict[tuple[int, int], Tensor] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
+        self.uneven = False  # tokens of a sample have levels of their own, such as those of a given first frame
 
     def __call__(self, step: int, part: int, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> None:
         state = arguments["sample"].detach().clone()
-        weights = levels_of(scheduler, arguments).prediction.clean
+        levels = levels_of(scheduler, arguments)
+        weights, self.uneven = levels.prediction.clean, self.uneven or levels.now.sigma.dim() > 0
         self.states[step, part], self.outputs[step, part] = state, matched(weights, arguments, state).output.detach()
 
     def state(self, step: int, part: int, like: Tensor) -> Tensor:
@@ -100,6 +102,10 @@ def share_forward(process: "ForwardProcess", batch: Batch) -> list[str]:
         return []
     witness = Witness()
     record, _ = process.sampled(batch, process.draws.call, witness)
+    if witness.uneven:
+        return [
+            "rows at different levels are predicted one level at a time: tokens of a sample have levels of their own"
+        ]
     nothing = torch.zeros(len(batch), 0, dtype=torch.int64)
     part, taken = Trajectory(batch, nothing.bool(), nothing, record), [1, witness.last]
     which = torch.arange(len(batch)) % len(taken)

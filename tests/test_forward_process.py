@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import TINY_PIPELINES
 from tiny_pipelines.policy import NAMED, batch_of, policy_of
 
@@ -18,6 +19,7 @@ from mmgrpo.matching import nft, nft_plain
 from mmgrpo.seeds import derive, normal
 from mmgrpo.types import KINDS, Batch, Chunk, Evaluation, Prompt
 from pipelines.diffusion import load
+from pipelines.forward_check import Witness
 
 REFUSED = {  # whose loop begins in the middle of its schedule, remembers earlier steps, or follows no table of levels
     "WanVideoToVideo", "StableDiffusionImg2Img", "StableDiffusionXLImg2Img", "StableDiffusion3Img2Img", "FluxImg2Img",
@@ -147,6 +149,16 @@ def test_rows_at_different_levels_share_a_forward_and_say_the_same_as_apart(name
     assert len(together) < len(apart)
     for field in ("error", "clean_scale"):
         assert torch.allclose(whole(together, field, 6), whole(apart, field, 6), rtol=1e-4)
+
+
+@pytest.mark.parametrize("levels, uneven", [(None, False), (torch.tensor([[0.0, 750.0]]), True)])
+def test_tokens_with_levels_of_their_own_are_noticed_and_share_no_forward(levels, uneven):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    witness, state = Witness(), torch.ones(1, 2, 3)
+    given = {"timestep": scheduler.timesteps[0], "sample": state, "model_output": state, "per_token_timesteps": levels}
+    witness(0, 0, scheduler, given)
+    assert witness.uneven == uneven
 
 
 @pytest.mark.parametrize("objective", [nft, nft_plain])
