@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from test_rewards_image import open_clip_folder  # noqa: F401 - a fixture
 from test_rewards_judge import Server, reply, server  # noqa: F401 - a fixture
-from tiny_pipelines import ADDITIONAL, PROMPTS, REQUIRED
+from tiny_pipelines import ADDITIONAL, PROMPTS, REQUIRED, TinyPipeline
 from tiny_pipelines.image_flow import sd3_parts
 from tiny_pipelines.parts import clip_text_projected, clip_tokenizer, clip_vision, fresh, picture, t5_tokenizer
 from torch import Tensor
@@ -29,6 +29,7 @@ from mmgrpo.check import updates_survive
 from mmgrpo.recipe import Recipe
 from mmgrpo.run import Run, start
 from mmgrpo.trainer import begin
+from pipelines.diffusion import DiffusionPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # FLUX's norms under autocast
 
@@ -58,6 +59,12 @@ class Case:
 
 
 CLIP = ("policy.call.num_frames=5", "policy.call.max_sequence_length=32")
+HUNYUAN = (
+    *CLIP,
+    'policy.call.prompt_template={template="{}", crop_start=0}',
+    "policy.call.num_inference_steps=4",
+    "policy.call.sigmas=[1.0, 0.7, 0.4, 0.2]",
+)
 SOURCE = ("policy.video.frames=5", "policy.video.height=16", "policy.video.width=16")
 FLASH = "method=mix_grpo_flash"
 CASES = [
@@ -84,18 +91,7 @@ CASES = [
     Case("sdxl_ddpo_aesthetic", "StableDiffusionXLEuler", ("policy.call.num_inference_steps=4",)),
     Case("wan21_1b_t2v_videoalign", "Wan", (*CLIP, "policy.call.num_inference_steps=4")),
     Case("wan_edit_viva", "LucyEdit", (*CLIP, *SOURCE, "policy.call.num_inference_steps=6")),
-    Case(
-        "hunyuan_video_dance",
-        "HunyuanVideo",
-        (
-            *CLIP,
-            'policy.call.prompt_template={template="{}", crop_start=0}',
-            "policy.call.num_inference_steps=4",
-            "policy.call.sigmas=[1.0, 0.7, 0.4, 0.2]",
-            "policy.plan.count=2",
-            "train.group_size=6",
-        ),
-    ),
+    Case("hunyuan_video_dance", "HunyuanVideo", (*HUNYUAN, "policy.plan.count=2", "train.group_size=6")),
 ]
 
 
@@ -116,6 +112,9 @@ ELSEWHERE = {
     "qwen25_vl_7b_video_qa",
     "demo_block_lm",
     "block_lm_sdar_8b",  # in test_shipped_block_lm.py
+    "hunyuan_video_euphonium_reward",  # these three in test_shipped_euphonium.py
+    "hunyuan_video_euphonium",
+    "hunyuan_video_euphonium_student",
     "emu3_interleaved_warmup",  # these two in test_shipped_interleaved.py
     "emu3_interleaved",
 }
@@ -217,9 +216,14 @@ def with_something_to_learn(made: Recipe) -> Recipe:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_shipped_recipe_passes_its_check_trains_and_saves_what_a_plain_pipeline_loads(case, places, tmp_path):
     diffusers.logging.set_verbosity_error()
-    tiny, model, folder = NAMED[case.tiny], tmp_path / "model", tmp_path / "run"
+    tiny, model = NAMED[case.tiny], tmp_path / "model"
     tiny.build().save_pretrained(model)
     run = start(with_something_to_learn(small(case, model, prompts_file(tmp_path), places)))
+    trains_and_saves(run, tiny, model, tmp_path / "run")
+
+
+def trains_and_saves(run: Run, tiny: TinyPipeline, model: Path, folder: Path) -> None:
+    """The check passes, every weight moves, and the checkpoint holds them for a plain pipeline."""
     before = {name: value.detach().clone() for name, value in run.policy.trainable().items()}
     begin(run, folder)
     checked = (folder / "check.txt").read_text(encoding="utf-8").splitlines()
@@ -233,7 +237,8 @@ def test_a_shipped_recipe_passes_its_check_trains_and_saves_what_a_plain_pipelin
         assert any(f".{target}.lora_" in name for name in before), target
     saved = checkpoint.latest(folder)
     assert saved is not None
-    same_weights(run, plain_pipeline(run, model, saved / "model"))
+    with run.averaged():
+        same_weights(run.policy, plain_pipeline(run.policy, model, saved / "model"))
 
 
 def test_whole_weights_in_bfloat16_are_refused_where_the_learning_rate_rounds_away(places, tmp_path):
@@ -247,10 +252,10 @@ def test_whole_weights_in_bfloat16_are_refused_where_the_learning_rate_rounds_aw
     assert "the learning rate 1e-05 moves" in found.detail
 
 
-def plain_pipeline(run: Run, model: Path, saved: Path) -> DiffusionPipeline:
-    """The start's pipeline from disk, in its own class, with what the run saved."""
+def plain_pipeline(policy: DiffusionPolicy, model: Path, saved: Path) -> DiffusionPipeline:
+    """The start's pipeline from disk, in its own class, with what was saved."""
     plain = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
-    if run.policy.lora is not None:
+    if policy.lora is not None:
         plain.load_lora_weights(saved)
         return plain
     (part,) = saved.iterdir()
@@ -264,17 +269,16 @@ def adapter(module: torch.nn.Module) -> dict[str, Tensor]:
     return get_peft_model_state_dict(module, adapter_name=name)
 
 
-def same_weights(run: Run, plain: DiffusionPipeline) -> None:
-    """The plain pipeline predicts with the weights that the run exports, adapters with their scale."""
-    (name,) = run.policy.engine.modules()
-    trained, loaded = run.policy.engine.pipeline.components[name], plain.components[name]
+def same_weights(policy: DiffusionPolicy, plain: DiffusionPipeline) -> None:
+    """The plain pipeline predicts with the policy's weights, adapters with their scale."""
+    (name,) = policy.engine.modules()
+    trained, loaded = policy.engine.pipeline.components[name], plain.components[name]
     assert type(loaded) is type(trained)
-    adapted = run.policy.lora is not None
-    with run.averaged():
-        expected, found = (adapter(module) if adapted else module.state_dict() for module in (trained, loaded))
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert torch.equal(found[key], value), key
+    adapted = policy.lora is not None
+    expected, found = (adapter(module) if adapted else module.state_dict() for module in (trained, loaded))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
     if adapted:
         (mine,), (theirs,) = trained.peft_config.values(), loaded.peft_config.values()
         assert (mine.r, mine.lora_alpha) == (theirs.r, theirs.lora_alpha)
