@@ -12,7 +12,7 @@ from mmgrpo.data import requests
 from mmgrpo.recipe import load
 from mmgrpo.run import Run, start
 from mmgrpo.trainer import begin
-from rewards.shapes import shape_reward
+from mmgrpo.types import Samples
 
 DEMO = Path(__file__).parent.parent / "assets" / "image_demo"
 GENERATOR = f"""
@@ -31,29 +31,29 @@ DATA = f"""
 source = {json.dumps(str(DEMO / "prompts" / "train.jsonl"))}
 [evaluation]
 source = {json.dumps(str(DEMO / "prompts" / "held_out.jsonl"))}
-samples = 16
+samples = 12
 """
 LEARNER = f"""
 rewards = []
 [policy]
 build = "pipelines.process_reward:learner"
-reward = {{ build = "rewards.shapes:shape_reward" }}
-network = {{ patch = 2, width = 64, blocks = 2 }}
+reward = {{ build = "test_process_reward_runs:brightness_or_darkness" }}
+network = {{ patch = 2, width = 32, blocks = 2 }}
 draws = 4
 [policy.generator]
 {GENERATOR}
 {DATA}
 [optimizer]
-learning_rate = 1e-3
-warmup = 10
+learning_rate = 3e-3
+warmup = 5
 decay = "linear"
 [train]
 stage = "pretrain"
-iterations = 220
+iterations = 48
 prompts = 28
 group_size = 4
 updates = 2
-evaluate_every = 220
+evaluate_every = 48
 """
 REST = f"""
 rewards = [{{ name = "soft", build = "rewards.shapes:shape_reward" }}]
@@ -74,6 +74,12 @@ SMALL = [
     "train.evaluate_every=1",
     "evaluation.samples=2",
 ]
+
+
+def brightness_or_darkness(samples: Samples) -> torch.Tensor:
+    """Mean over the picture, in tenths; its opposite where the prompt asks for an even number, which must be read; (B,)."""
+    even = torch.tensor([int(prompt.columns["count"]) % 2 == 0 for prompt in samples.prompts])
+    return torch.where(even, -10, 10) * samples.image.flatten(1).mean(1)
 
 
 def ran(recipe: str, folder: Path, *overrides: str) -> Run:
@@ -107,11 +113,12 @@ def test_a_model_is_trained_guides_is_trained_with_and_distilled_by_the_one_loop
 def test_samples_guided_by_a_trained_model_score_higher_from_equal_noise(tmp_path):
     learned = ran(LEARNER, tmp_path / "prm")
     (line,) = [line for line in journal.read(tmp_path / "prm" / "run") if "held_out/loss" in line]
-    assert line["held_out/rank_correlation_at_0.3"] > 0.1
+    assert line["held_out/rank_correlation_at_0.3"] > 0.2  # untrained: -0.16 to 0.06 in five seeds
     (tmp_path / "given.toml").write_text(ALIGNED)
-    guided = start(load(tmp_path / "given.toml", [guide_of(tmp_path / "prm", "policy.guide", 0.001)]))
-    batch = requests(guided.prompts, range(len(guided.prompts)), group_size=64, seed=1001, iteration=0)
+    guided = start(load(tmp_path / "given.toml", [guide_of(tmp_path / "prm", "policy.guide", 0.01)]))
+    batch = requests(guided.prompts, range(len(guided.prompts)), group_size=8, seed=1001, iteration=0)
     without = learned.policy.generator.rollout(batch)[1]
-    change = shape_reward(guided.policy.rollout(batch)[1]) - shape_reward(without)
-    assert float(change.mean()) > 2 * float(change.std()) / math.sqrt(len(change))
+    change = brightness_or_darkness(guided.policy.rollout(batch)[1]) - brightness_or_darkness(without)
+    of_prompts = change.view(len(guided.prompts), -1).mean(1)  # of which an untrained model raises as many as it lowers
+    assert float(of_prompts.mean()) > 2 * float(of_prompts.std()) / math.sqrt(len(of_prompts))
     assert torch.isfinite(change).all()
