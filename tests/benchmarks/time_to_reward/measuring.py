@@ -7,6 +7,7 @@ all runs, under the averaged weights if the method keeps any.
 import json
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,12 +98,18 @@ def measured(method: Method, seed: int, conditions: Conditions) -> dict[str, Any
     torch.set_num_threads(1)
     diffusers.utils.logging.disable_progress_bar()
     run, judging = start(recipe(method, seed, conditions)), judge(conditions)
-    with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention is slow backward in bfloat16 on CPUs
+    with quickest_attention(run):
         watched, budget = conditions.longer > 1, method.budget * conditions.longer
         curve, stopped = curve_of(run, judging, budget, conditions.every, watched)
     about = {"method": method.name, "seed": seed, "budget": method.budget, "split": conditions.split}
     about |= {"samples": conditions.samples, "longer": conditions.longer, "stopped": stopped}
     return about | {"settings": settings(method, seed), "curve": curve}
+
+
+def quickest_attention(run: Run) -> AbstractContextManager[Any]:
+    """Torch's own choice; its fused attention is slow backward in bfloat16 on CPUs, where plain mathematics is faster."""
+    assert isinstance(run.policy, DiffusionPolicy)
+    return nullcontext() if run.policy.engine.options.autocast is None else sdpa_kernel(SDPBackend.MATH)
 
 
 def curve_of(run: Run, judging: Run, budget: float, every: float, watched: bool) -> tuple[dict[str, list[float]], str]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 FLOW_GRPO = Path(__file__).with_name("flow_grpo.toml")
 DEMO = Path(str(files("pipelines") / "recipes" / "demo_image.toml"))
-SHARED = (  # by every method: the arithmetic, and the reward alone, without what is watched
-    "policy.autocast='bfloat16'",
+SHARED = (  # by every method: the reward alone, without what is watched
     "rewards=[{name='soft', build='rewards.shapes:shape_reward'}]",
     "evaluation.source=''",
     "train.evaluate_every=0",
