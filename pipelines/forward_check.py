@@ -16,7 +16,7 @@ from pipelines import mixed_draws, replays
 from pipelines.decisions import levels_of
 from pipelines.engine import probe_batch
 from pipelines.listeners import by_row
-from pipelines.matching import matched
+from pipelines.matching import Matched, matched
 from pipelines.schedulers import Unsupported
 from pipelines.settle import APART, REFUSALS, ROUNDING, shown, ways
 from pipelines.stubs import Stub
@@ -128,10 +128,13 @@ def of_levels(
     states = [witness.states[step, 0] for step in taken]
     steps = process.engine.schedule(part.batch.prompts[0], process.draws.call)
     levels = [steps[step] for step in taken]
-    calls = mixed_draws.collected(process, part, taken, states, process.draws.call)
-    return mixed_draws.predicted(process, part, calls, states, which, levels, taken, process.draws.call).output.flatten(
-        1
-    )
+    found: list[Tensor] = []
+
+    def show(draw: int, one: Matched) -> None:
+        found.append(one.output.flatten(1))
+
+    mixed_draws.predicted(process, part, states, which.unsqueeze(1), levels, taken, show, process.draws.call)
+    return found[0]
 
 
 def at_step(process: "ForwardProcess", part: Trajectory, witness: Witness, step: int) -> Tensor:

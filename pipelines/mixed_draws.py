@@ -1,17 +1,16 @@
 """The draws of rows at different levels, of each row one in a forward. Axes: b rows, K draws, N levels of them, D elements."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mmgrpo.types import Trajectory
-from pipelines.batching import DenoiserCall, Unbatchable
-from pipelines.engine import autocast
+from pipelines.batching import Unbatchable
 from pipelines.levels import Levels
 from pipelines.matching import Emit, Matched, cleans, evaluation, matched, noise_of, olds
-from pipelines.mixing import Collector, Supplied, forward
+from pipelines.mixing import Mixing
 from pipelines.thinning import thinner
 
 if TYPE_CHECKING:
@@ -23,17 +22,17 @@ def evaluated(
 ) -> dict[int, Tensor]:
     """Evaluate all draws of some rows; -> the outputs of each, (b, D)."""
     levels, which = part.record["entry"].unique(return_inverse=True)  # (N,) rising, (b, K)
-    taken, draws = levels.tolist(), range(which.shape[1])
+    taken = levels.tolist()
     steps = [process.levels[entry] for entry in taken]
-    states = noised(part, steps, which)
-    calls = collected(process, part, taken, states)
     known, outputs = olds(part.record), dict[int, Tensor]()
-    for draw in draws:
-        found = predicted(process, part, calls, states, which[:, draw], steps, taken)
+
+    def show(draw: int, found: Matched) -> None:
         output, target = found.output.flatten(1), found.target.flatten(1)
         outputs[draw] = output.detach()
         reference = None if references is None else references[draw].to(output)
         emit(draw, evaluation(output, target, known.get(draw), reference, found.scale))
+
+    predicted(process, part, noised(part, steps, which), which, steps, taken, show)
     return outputs
 
 
@@ -48,50 +47,36 @@ def noised(part: Trajectory, steps: Sequence[Levels], which: Tensor) -> list[Ten
     return found
 
 
-def collected(
-    process: "ForwardProcess",
-    part: Trajectory,
-    taken: Sequence[int],
-    states: Sequence[Tensor],
-    grid: Mapping[str, object] | None = None,
-) -> list[DenoiserCall]:
-    """The denoiser's calls at the taken entries of a schedule, none of which is made; N of them."""
-    engine = process.engine
-
-    def state(step: int, like: Tensor) -> Tensor:
-        return states[step].reshape(like.shape).to(like, copy=True)
-
-    collector = Collector(engine.layout.denoisers, engine.memo, engine.stub, len(taken), state)
-    with torch.no_grad():
-        changed = process.call() if grid is None else grid
-        engine.run(collector, part.batch, changed=changed, reschedule=thinner([0, *taken]))
-    if len(collector.calls) != len(taken):
-        raise Unbatchable(f"the pipeline's loop made {len(collector.calls)} calls at {len(taken)} levels")
-    return collector.calls
-
-
 def predicted(
     process: "ForwardProcess",
     part: Trajectory,
-    calls: Sequence[DenoiserCall],
     states: Sequence[Tensor],
     which: Tensor,
     steps: Sequence[Levels],
     taken: Sequence[int],
-    grid: Mapping[str, object] | None = None,
-) -> Matched:
-    """What row r predicts in its state at level which[r], (b,), and should have predicted."""
-    engine = process.engine
-    with autocast(engine.pipeline, engine.options.autocast):
-        output = forward(calls, which)
-    supplied = Supplied(engine.layout.denoisers, engine.memo, engine.stub, output, states[0])
-    changed = process.call() if grid is None else grid
-    engine.run(supplied, part.batch, changed=changed, reschedule=thinner([0, taken[0]]))
-    sample = supplied.arguments["sample"]
-    if len(sample) != len(part):
-        raise Unbatchable(f"a step has {len(sample)} latents for {len(part)} samples")
-    state = torch.stack(list(states))[which, torch.arange(len(part))]
-    weights = [torch.stack([step.prediction.clean[side] for step in steps])[which] for side in (0, 1)]
-    skip, scale = (weight.view(-1, *[1] * (sample.dim() - 1)).to(sample.device) for weight in weights)
-    clean = cleans(part.record)[0].to(sample).reshape(sample.shape)
-    return matched((skip, scale), {**supplied.arguments, "sample": state.reshape(sample.shape).to(sample)}, clean)
+    show: Callable[[int, Matched], None],
+    changed: Mapping[str, object] | None = None,
+) -> None:
+    """What row r predicts in its state at level which[r, k], (b, K), and should have predicted, one draw after the other.
+
+    The levels are the taken entries of the fine schedule, or of that of changed arguments. Raises Unbatchable.
+    """
+    engine, rows, draws = process.engine, torch.arange(len(part)), which.shape[1]
+    clean, at_levels = cleans(part.record)[0], torch.stack(list(states))
+    weights = [torch.stack([step.prediction.clean[side] for step in steps]) for side in (0, 1)]
+    shown: list[int] = []
+
+    def match(draw: int, arguments: Mapping[str, Any]) -> None:
+        sample, level = arguments["sample"], which[:, draw]
+        if len(sample) != len(part):
+            raise Unbatchable(f"a step has {len(sample)} latents for {len(part)} samples")
+        state = at_levels[level, rows].reshape(sample.shape).to(sample)
+        skip, scale = (side[level].view(-1, *[1] * (sample.dim() - 1)).to(sample.device) for side in weights)
+        shown.append(draw)
+        show(draw, matched((skip, scale), {**arguments, "sample": state}, clean.to(sample).reshape(sample.shape)))
+
+    mixing = Mixing(engine.layout.denoisers, engine.memo, engine.stub, states, which, match)
+    asked = process.call() if changed is None else changed
+    engine.run(mixing, part.batch, changed=asked, reschedule=thinner([0, *taken, *[taken[-1]] * draws]))
+    if len(shown) != draws:
+        raise Unbatchable(f"the pipeline's loop evaluated {len(shown)} of {draws} draws behind {len(taken)} levels")

@@ -1,7 +1,7 @@
 """Draws at several levels in one forward of the denoiser, where one call of a pipeline holds one level for all its rows.
 
-The arguments of the denoiser at each level are captured from a run of the pipeline that makes none of the calls; of what differs
-between levels each row takes its own. Axes: b rows of one call, N levels of them.
+The arguments of the denoiser at each level are captured from steps of the pipeline that make none of the calls; of what differs
+between levels each row takes its own, and the same run goes on with what was predicted. Axes: b rows of one call, N levels of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,61 +19,61 @@ from pipelines.stubs import StandIn
 from pipelines.tape import Call, Counter, StepResult, Stop
 
 
-class Collector:
-    """Notes the denoiser's call at each step of a run behind the first, none of which is made."""
+class Mixing:
+    """Notes the denoiser's call at each level, none of which is made, and makes one for each draw, its rows at levels of their own.
+
+    The run's schedule holds a first step that is skipped, the levels, and one step more for each draw.
+    """
 
     def __init__(
-        self, denoisers: Sequence[str], memo: Memo, stub: StandIn, count: int, state: Callable[[int, Tensor], Tensor]
+        self,
+        denoisers: Sequence[str],
+        memo: Memo,
+        stub: StandIn,
+        states: Sequence[Tensor],
+        which: Tensor,
+        emit: Callable[[int, Mapping[str, Any]], None],
     ) -> None:
-        self.denoisers, self.memo, self.stub, self.count = denoisers, memo, stub, count
-        self.state = state  # (step behind the first, like) -> what it starts from
+        self.denoisers, self.memo, self.stub = denoisers, memo, stub
+        self.states = states  # at each level; N of (b, ...)
+        self.which = which  # (b, K), the level of each row in each draw
+        self.emit = emit  # (draw, the arguments of its scheduler step)
         self.counter = Counter()
         self.calls: list[DenoiserCall] = []
+        self.made = 0  # draws
 
     def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name not in self.denoisers:
             return set_up_call(self.memo, self.counter, name, forward, args, kwargs)
         group = self.counter.called()
+        levels = len(self.states)
+        if group > levels:
+            self.made += 1
+            require_one(self.made, group - levels)
+            return mixed(self.calls, self.which[:, self.made - 1])
         if group > 0:
-            if len(self.calls) == group:
-                raise Unbatchable("a step calls several denoisers")
             self.calls.append(DenoiserCall(name, forward, args, kwargs))
+            require_one(len(self.calls), group)
         return self.stub(name, forward, args, kwargs, {}, f"denoised.{group}.0")
 
     def step(self, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> StepResult:
-        group, sample = self.counter.step(), arguments["sample"]
-        advance(scheduler, arguments["timestep"])
-        return StepResult(lambda: self._next(group, sample), sample)
-
-    def _next(self, group: int, sample: Tensor) -> Tensor:
-        if group == self.count:
-            raise Stop
-        return self.state(group, sample)
-
-
-class Supplied:
-    """Hands a denoiser's output, computed elsewhere, to the step behind the first, and notes what the scheduler is given."""
-
-    def __init__(self, denoisers: Sequence[str], memo: Memo, stub: StandIn, output: Any, state: Tensor) -> None:
-        self.denoisers, self.memo, self.stub, self.output, self.state = denoisers, memo, stub, output, state
-        self.counter = Counter()
-        self.arguments: Mapping[str, Any] = {}
-
-    def call(self, name: str, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name not in self.denoisers:
-            return set_up_call(self.memo, self.counter, name, forward, args, kwargs)
-        return self.stub(name, forward, args, kwargs, {}, "denoised.0.0") if self.counter.called() == 0 else self.output
-
-    def step(self, scheduler: SchedulerMixin, arguments: Mapping[str, Any]) -> StepResult:
-        sample = arguments["sample"]
-        if self.counter.step() == 1:
-            self.arguments = arguments
+        group, sample, levels = self.counter.step(), arguments["sample"], len(self.states)
+        if group > levels:
+            self.emit(group - levels - 1, arguments)
+        if group == levels + self.which.shape[1]:
             raise Stop
         advance(scheduler, arguments["timestep"])
-        return StepResult(lambda: self.state.reshape(sample.shape).to(sample), sample)
+        state = self.states[group % levels]  # behind the levels any will do
+        return StepResult(lambda: state.reshape(sample.shape).to(sample, copy=True), sample)
 
 
-def forward(calls: Sequence[DenoiserCall], which: Tensor) -> Any:
+def require_one(calls: int, steps: int) -> None:
+    """Raise Unbatchable where a step did not make one call."""
+    if calls != steps:
+        raise Unbatchable("a step calls several denoisers")
+
+
+def mixed(calls: Sequence[DenoiserCall], which: Tensor) -> Any:
     """One forward in which row r has the arguments of call which[r]; which (b,) int64. Raises Unbatchable if it cannot."""
     first = calls[0]
     if any(call.name != first.name for call in calls):

@@ -106,12 +106,13 @@ class TinyImagePipeline(DiffusionPipeline):
         latents = self.prepare_latents(len(prompts), generator, latents)
 
         sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()  # then 0, where the image is
-        self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+        self.scheduler.set_timesteps(sigmas=sigmas, device=latents.device)
+        dtype = self.transformer.dtype  # asks every module
         with self.progress_bar(total=num_inference_steps) as progress:
             for timestep in self.scheduler.timesteps:
                 inputs = torch.cat([latents] * 2) if guided else latents
                 velocity = self.transformer(
-                    hidden_states=inputs.to(self.transformer.dtype),
+                    hidden_states=inputs.to(dtype),
                     timestep=timestep.expand(len(inputs)),
                     encoder_hidden_states=features,
                     pooled_projections=pooled,
