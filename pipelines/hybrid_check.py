@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mmgrpo.data import requests
-from mmgrpo.types import Batch, Finding, Prompt, Trajectory
+from mmgrpo.types import KINDS, Batch, Chunk, Finding, Prompt, Trajectory
 from pipelines import replays
-from pipelines.hybrid_evaluation import Pair, found_of
+from pipelines.hybrid_evaluation import found_of
+from pipelines.hybrid_layout import Pair
 from pipelines.hybrid_writing import Written
 
 if TYPE_CHECKING:
@@ -21,12 +22,11 @@ NEAR = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.flo
 def findings(policy: "HybridPolicy", prompts: Sequence[Prompt]) -> list[Finding]:
     """Replays agree to the last bit, have a true gradient, follow the weights; images are Euler's without the sampler's noise."""
     batch = requests(prompts[:2], range(len(prompts[:2])), group_size=2, seed=0, iteration=0)
-    planned = torch.ones(policy.room.steps, dtype=torch.bool)
-    planned[-1] = False  # the last step has no noise
-    trajectory, _ = policy.walked(batch, planned)
+    trajectory, _ = policy.walked(batch, policy.decided.probed())
     anchored = policy.anchor(trajectory, [torch.arange(len(trajectory))])
     slope = replays.gradient(policy, trajectory)
     found = [replays.exact(policy, anchored), replays.reached(slope), drawn(trajectory), noise_off(policy, batch)]
+    found += missed(policy, trajectory)
     if not found[1].ok:
         return found
     follows = replays.follows_the_weights(policy, anchored, slope)
@@ -46,6 +46,26 @@ def drawn(trajectory: Trajectory) -> Finding:
 
 
 @torch.no_grad()
+def missed(policy: "HybridPolicy", trajectory: Trajectory) -> list[Finding]:
+    """How far the velocities of draws are from their targets, and how far outputs of 0 would be; of steps nothing."""
+    trained = trajectory.mask & (trajectory.kind == KINDS["draw"])
+    errors: list[Tensor] = []
+
+    def consume(chunk: Chunk) -> None:
+        where, found = trained[chunk.rows.unsqueeze(1), chunk.steps], chunk.evaluation
+        if found.error is not None and found.target is not None:
+            both = torch.stack([found.error, found.target.square().mean(2)], 2)  # (b, s, 2)
+            errors.append(both[where.to(both.device)].double().cpu())
+
+    if not trained.any():
+        return []
+    policy.replay(trajectory, consume)
+    own, zero = torch.cat(errors).mean(0).tolist()
+    said = f"mean squared error of the velocities {own:.3g}, of outputs of 0 {zero:.3g}; a trained model's is below"
+    return [Finding(True, "draws", said)]
+
+
+@torch.no_grad()
 def noise_off(policy: "HybridPolicy", batch: Batch) -> Finding:
     """Without the sampler's noise an image is what Euler's method makes of whole answers read anew in every step."""
     written = policy.written(batch, None)
@@ -61,13 +81,14 @@ def noise_off(policy: "HybridPolicy", batch: Batch) -> Finding:
 def euler(policy: "HybridPolicy", batch: Batch, written: Written) -> Tensor:
     """The images of given answers again, from the same noise, by x + (t' - t) v, nothing remembered; (B, J, C, H, W)."""
     state, levels = written.state.clone(), policy.steps.levels
-    for step in range(policy.room.steps):
+    answers = written.answers.to(policy.device)
+    for step in range(policy.steps.count):
         pairs = [Pair(image, step) for image in range(int(written.answers.shape.drawn.any(0).sum()))]
+        noisy = policy.steps.noisy(state, pairs, answers.clean)
         with policy.precision():
             found = found_of(
-                policy.model, policy.room, policy.prompts(batch), written.answers.to(policy.device), state, pairs, False,
-                policy.steps, policy.marks, 1.0,
-            )  # fmt: skip
+                policy.model, policy.room, policy.prompts(batch), answers, noisy, pairs, False, policy.marks, 1.0
+            )
         for place, (image, _) in enumerate(pairs):
             length = float(levels[step + 1].sigma - levels[step].sigma)
             state[:, image, step + 1] = state[:, image, step] + length * found.velocity[:, place].to(state)

@@ -1,32 +1,81 @@
-"""What today's weights say of recorded decisions, tokens and denoising steps, beside what those that sampled said.
+"""What today's weights say of recorded decisions, tokens and those of images, beside what those that sampled said.
 
-Axes: b rows, J images at most, J + 1 texts of T tokens, M denoising steps of a call, D features, s decisions of a call.
+Axes: B samples, b rows, J images at most, J + 1 texts of T tokens, K decisions of an image, M of them in a call, D features or elements
+of a latent, s decisions of a call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mmgrpo.transitions import log_ratio
-from mmgrpo.types import Evaluation
-from pipelines import decisions, token_probabilities
-from pipelines.hybrid_layout import Room
+from mmgrpo.matching import OUTPUTS
+from mmgrpo.types import Batch, Evaluation, Kind
+from pipelines import token_probabilities
+from pipelines.hybrid_layout import Pair, Room
 from pipelines.hybrid_model import Hybrid
 from pipelines.hybrid_reading import Answers, Noisy, Prompts, read, trimmed
-from pipelines.hybrid_steps import Steps
-from pipelines.hybrid_writing import Marks
-
-ALWAYS = ("entropy", "sampler_gap", "drift", "step_std", "dt")  # of a call without tokens, or without steps, as well
+from pipelines.hybrid_writing import Marks, Written
 
 
-class Pair(NamedTuple):
-    """One denoising step of one image."""
+class Outputs(NamedTuple):
+    """Velocities in the state of one decision; (b, C, H, W) each."""
 
-    image: int
-    step: int
+    new: Tensor  # with gradient
+    old: Tensor
+    reference: Tensor | None
+
+
+class ImageDecisions(Protocol):
+    """What is decided about an image: planned denoising steps, or draws of it noised again."""
+
+    @property
+    def count(self) -> int:
+        """K of an image."""
+        ...
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Of every evaluation, also where a call holds no such decision or nothing else."""
+        ...
+
+    @property
+    def referring(self) -> tuple[str, ...]:
+        """Likewise, beside a reference."""
+        ...
+
+    def planned(self, batch: Batch) -> Tensor:
+        """The steps of a rollout that are stochastic, bool."""
+        ...
+
+    def probed(self) -> Tensor:
+        """Likewise, all of them that can be."""
+        ...
+
+    def trained(self, planned: Tensor) -> Tensor:
+        """Which decisions of an image are; (K,) bool."""
+        ...
+
+    def record(self, batch: Batch, written: Written) -> dict[str, Tensor]:
+        """What a replay needs of the images; each leads with B."""
+        ...
+
+    def clean(self, record: Mapping[str, Tensor]) -> Tensor:
+        """The finished images; (b, J, C, H, W)."""
+        ...
+
+    def noisy(self, record: Mapping[str, Tensor], pairs: Sequence[Pair], clean: Tensor) -> Noisy:
+        """The states in which M decisions are evaluated; clean (b, J, C, H, W) gives dtype and device."""
+        ...
+
+    def evaluated(self, record: Mapping[str, Tensor], pair: Pair, outputs: Outputs) -> Evaluation:
+        """One decision of every row; (b, 1)."""
+        ...
 
 
 @dataclass
@@ -38,35 +87,33 @@ class Found:
     log_prob: Tensor | None  # (b, j + 1, t), as far as the answers go; 0 where there is no token; None: not evaluated
     entropy: Tensor | None  # likewise
 
-    def keep(self, record: dict[str, Tensor], rows: Tensor) -> None:
+    def keep(self, record: dict[str, Tensor], rows: Tensor, room: Room) -> None:
         """Note it as the anchor of some rows of a record, whose other rows are NaN until they are noted."""
+        count = len(record["token"])
         if self.log_prob is not None:
             _, texts, longest = self.log_prob.shape
-            opened(record, "log_prob", self.log_prob.dtype)[rows, :texts, :longest] = self.log_prob.detach().cpu()
-        for place, (image, step) in enumerate(self.pairs):
-            kept = opened(record, "velocity", self.velocity.dtype)
-            kept[rows, image, step] = self.velocity[:, place].detach().cpu()
+            kept = opened(record, "log_prob", record["log_prob"].shape, self.log_prob.dtype)
+            kept[rows, :texts, :longest] = self.log_prob.detach().cpu()
+        for place, (image, number) in enumerate(self.pairs):
+            shape = (count, room.images, room.per_image, *self.velocity.shape[2:])
+            kept = opened(record, "velocity", shape, self.velocity.dtype)
+            kept[rows, image, number] = self.velocity[:, place].detach().cpu()
 
 
-def opened(record: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """The anchor of what was recorded under a name, in place."""
-    like = record[name]
-    return record.setdefault(f"anchor.{name}", torch.full(like.shape, torch.nan, dtype=dtype))
+def opened(record: dict[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The anchor of a name, in place."""
+    anchor = f"anchor.{name}"
+    if anchor not in record:
+        record[anchor] = torch.full(tuple(shape), torch.nan, dtype=dtype)
+    return record[anchor]
 
 
 def found_of(
-    model: Hybrid, room: Room, prompts: Prompts, answers: Answers, state: Tensor, pairs: Sequence[Pair], tokens: bool,
-    steps: Steps, marks: Marks, temperature: float,
+    model: Hybrid, room: Room, prompts: Prompts, answers: Answers, noisy: Noisy, pairs: Sequence[Pair], tokens: bool,
+    marks: Marks, temperature: float,
 ) -> Found:  # fmt: skip
-    """Read a call's answers with the noisy states of the named steps; state (b, J, K + 1, C, H, W)."""
+    """Read a call's answers with the noisy states of some decisions."""
     smaller, answers = trimmed(room, answers)
-    clean = answers.clean
-    latent = [state[:, image, step].to(clean) for image, step in pairs]
-    noisy = Noisy(
-        torch.tensor([image for image, _ in pairs], dtype=torch.int64),
-        torch.stack(latent, 1) if pairs else clean[:, :0],
-        torch.stack([steps.time(step, clean) for _, step in pairs], 1) if pairs else clean[:, :0, 0, 0, 0],
-    )
     found = read(model, smaller, prompts, answers, noisy, marks.end)
     if not tokens:
         return Found(tuple(pairs), found.velocity, None, None)
@@ -93,25 +140,25 @@ def scores(
 
 
 def evaluated(
-    found: Found, held: Found | None, record: Mapping[str, Tensor], room: Room, steps: Steps
+    found: Found, held: Found | None, record: Mapping[str, Tensor], room: Room, decided: ImageDecisions
 ) -> tuple[Tensor, Evaluation]:
-    """The columns of a call's decisions, (s,), and what they are under today's weights, (b, s).
+    """The columns of a call's decisions, (s,), and what they are under today's weights, (b, s), three fields (b, s, D).
 
-    What only one kind of decision has is 0 for the other: entropy of steps; KL, drift, std and dt of tokens.
+    What only one kind of decision has is 0 for the other: entropy of an image's; of tokens KL, drift and what steps or draws have.
     """
-    parts = []
-    if found.log_prob is not None:
-        parts.append(_tokens(found, held, record, room))
-    for place, pair in enumerate(found.pairs):
-        parts.append(_step(found, held, record, room, steps, place, pair))
-    names = {*ALWAYS, *(name for _, evaluation in parts for name in evaluation.tensors())}
-    values = {}
-    for name in names:
-        columns = []
-        for _, evaluation in parts:
-            own = evaluation.tensors()
-            columns.append(own[name] if name in own else torch.zeros_like(evaluation.log_ratio))
-        values[name] = torch.cat(columns, 1)
+    parts = [] if found.log_prob is None else [_tokens(found, held, record, room)]
+    parts += [_image(found, held, record, room, decided, place) for place in range(len(found.pairs))]
+    known = [evaluation.tensors() for _, evaluation in parts]
+    told = {*decided.fields, *(() if held is None else decided.referring), *(name for own in known for name in own)}
+    elements = found.velocity.shape[2:].numel()  # D
+
+    def of(own: Mapping[str, Tensor], name: str) -> Tensor:
+        if name in own:
+            return own[name]
+        nothing = torch.zeros_like(own["log_ratio"])
+        return nothing.unsqueeze(2).expand(-1, -1, elements) if name in OUTPUTS else nothing
+
+    values = {name: torch.cat([of(own, name) for own in known], 1) for name in told}
     return torch.cat([columns for columns, _ in parts]), Evaluation(**values)
 
 
@@ -136,26 +183,22 @@ def _tokens(found: Found, held: Found | None, record: Mapping[str, Tensor], room
     )
 
 
-def _step(
-    found: Found, held: Found | None, record: Mapping[str, Tensor], room: Room, steps: Steps, place: int, pair: Pair
+def _image(
+    found: Found, held: Found | None, record: Mapping[str, Tensor], room: Room, decided: ImageDecisions, place: int
 ) -> tuple[Tensor, Evaluation]:
-    velocity = found.velocity[:, place]
+    velocity, pair = found.velocity[:, place], found.pairs[place]
 
     def recorded(name: str) -> Tensor:
-        return record[name][:, pair.image, pair.step].to(velocity)
+        return record[name][:, pair.image, pair.number].to(velocity)
 
-    x, following = (record["state"][:, pair.image, pair.step + ahead].to(velocity) for ahead in (0, 1))
     old = anchored(record, "velocity", recorded, velocity)
-    new_one, old_one, sampled = (steps.gaussian(x, one, pair.step) for one in (velocity, old, recorded("velocity")))
-    reference = None if held is None else steps.gaussian(x, held.velocity[:, place], pair.step)
-    part = decisions.Part(following, new_one, old_one, reference, steps.dt(pair.step).to(velocity.device))
-    gap = log_ratio(following, old_one, sampled, steps.reduction).unsqueeze(1)
-    found_here = decisions.evaluate([part], steps.reduction)
-    drawn = record["drawn"][:, pair.image, None].to(velocity.device)
+    outputs = Outputs(velocity, old, None if held is None else held.velocity[:, place])
+    drawn = record["drawn"][:, pair.image].to(velocity.device)
     values = {
-        name: torch.where(drawn, value, 0) for name, value in {**found_here.tensors(), "sampler_gap": gap}.items()
+        name: torch.where(drawn.view(-1, *[1] * (value.dim() - 1)), value, 0)
+        for name, value in decided.evaluated(record, pair, outputs).tensors().items()
     }
-    return room.steps_decided()[pair.image, pair.step].unsqueeze(0), Evaluation(**values)
+    return room.images_decided()[pair.image, pair.number].unsqueeze(0), Evaluation(**values)
 
 
 def anchored(record: Mapping[str, Tensor], name: str, recorded: Callable[[str], Tensor], found: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ An answer is text, image, text, image, ..., text. A text ends with the token tha
 answer; behind an image the decoder writes the mark of its end itself. Rows differ in the lengths of their texts and in the number
 of their images: slots that a row does not fill are dead, nobody attends to them and they take no position.
 Axes: b rows, J images at most, J + 1 texts of T slots, N tokens of an image, A = J (T + N + 1) + T slots of an answer, L of a prompt,
-K denoising steps, S = J (T + K + 1) + T decisions, M noisy versions of images.
+K decisions of an image, S = J (T + K + 1) + T of an answer, M noisy versions of images.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class Room:
     images: int  # J
     text: int  # T tokens of each text, that which ends it included
     tokens: int  # N of an image
-    steps: int  # K
+    per_image: int  # K decisions of an image: its denoising steps, or draws of it
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("text", 1), ("steps", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"policy.{name} is {getattr(self, name)}; expected at least {least}")
+        for name in ("images", "text"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"policy.{name} is {getattr(self, name)}; expected at least 1")
 
     @property
     def slots(self) -> int:
@@ -41,7 +41,7 @@ class Room:
     @property
     def decisions(self) -> int:
         """S."""
-        return self.images * (self.text + self.steps + 1) + self.text
+        return self.images * (self.text + self.per_image + 1) + self.text
 
     def text_at(self, number: int) -> int:
         """The first slot of a text."""
@@ -53,12 +53,19 @@ class Room:
 
     def tokens_decided(self) -> Tensor:
         """The columns of the tokens of each text; (J + 1, T) int64."""
-        start = torch.arange(self.images + 1) * (self.text + self.steps + 1)
+        start = torch.arange(self.images + 1) * (self.text + self.per_image + 1)
         return start.unsqueeze(1) + torch.arange(self.text)
 
-    def steps_decided(self) -> Tensor:
-        """The columns of the steps of each image, in front of the mark that the decoder writes; (J, K) int64."""
-        return self.tokens_decided()[:-1, -1:] + 1 + torch.arange(self.steps)
+    def images_decided(self) -> Tensor:
+        """The columns of each image, in front of the mark that the decoder writes; (J, K) int64."""
+        return self.tokens_decided()[:-1, -1:] + 1 + torch.arange(self.per_image)
+
+
+class Pair(NamedTuple):
+    """One decision of one image."""
+
+    image: int
+    number: int  # of the denoising step, or of the draw
 
 
 class Shape(NamedTuple):

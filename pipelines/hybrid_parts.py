@@ -34,7 +34,7 @@ def parts_of(ids: list[list[int]], images: list[Tensor], room: Room, tokenizer: 
     The token that asks for an image belongs to the image, the end of the answer to the last part. White space is no part; an
     answer of nothing is one empty text.
     """
-    columns, steps = room.tokens_decided().tolist(), room.steps_decided()[:, -1].tolist()
+    columns, drawn = room.tokens_decided().tolist(), room.images_decided()[:, -1].tolist()
     found: Parts = []
     last = 0
     for number, text in enumerate(ids):
@@ -43,7 +43,7 @@ def parts_of(ids: list[list[int]], images: list[Tensor], room: Room, tokenizer: 
         if words:
             found.append((words, columns[number][len(text) - asks - 1]))
         if asks:
-            found.append((images[number], steps[number]))
+            found.append((images[number], drawn[number]))
         last = columns[number][len(text) - 1] if text else last
     *others, (part, end) = found or [("", last)]
     return [*others, (part, max(last, end))]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from pipelines.hybrid_layout import Room, Shape, alive, attention, positions
+from pipelines.hybrid_layout import Pair, Room, Shape, alive, attention, positions
 from pipelines.hybrid_model import Hybrid
 
 
@@ -49,6 +49,16 @@ class Noisy(NamedTuple):
     image: Tensor  # (M,) int64: which image each is a version of
     latent: Tensor  # (b, M, C, H, W)
     t: Tensor  # (b, M) in [0, 1], 1 = noise
+
+
+def versions(pairs: Sequence[Pair], states: Sequence[tuple[Tensor, Tensor]], clean: Tensor) -> Noisy:
+    """Noisy versions from the state (b, C, H, W) and the time (b,) of each; clean (b, J, C, H, W) is like them."""
+    latents, times = [latent.to(clean) for latent, _ in states], [t for _, t in states]
+    return Noisy(
+        torch.tensor([pair.image for pair in pairs], dtype=torch.int64),
+        torch.stack(latents, 1) if pairs else clean[:, :0],
+        torch.stack(times, 1) if pairs else clean[:, :0, 0, 0, 0],
+    )
 
 
 class Read(NamedTuple):

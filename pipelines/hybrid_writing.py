@@ -97,7 +97,7 @@ def write(
 ) -> Written:  # fmt: skip
     """An answer for each row; planned steps (K,) bool are stochastic, and without a plan the likeliest tokens are taken."""
     rows, device = len(batch), prompts.token.device
-    written, latent = blank(room, rows, model.latent, device), model.latent
+    written, latent = blank(room, rows, steps.count, model.latent, device), model.latent
     drawn = None
     if planned is not None:
         drawn = uniforms(batch.seed, batch.sample.tolist(), (room.images + 1) * room.text).to(device)
@@ -123,9 +123,10 @@ def write(
     return written
 
 
-def blank(room: Room, rows: int, latent: tuple[int, int, int], device: torch.device) -> Written:
+def blank(room: Room, rows: int, steps: int, latent: tuple[int, int, int], device: torch.device) -> Written:
+    """Answers in which nothing is written yet."""
     texts = torch.zeros(rows, room.images + 1, room.text, dtype=torch.int64, device=device)
-    state = torch.zeros(rows, room.images, room.steps + 1, *latent, device=device)
+    state = torch.zeros(rows, room.images, steps + 1, *latent, device=device)
     shape = Shape(texts[..., 0].clone(), state[:, :, 0, 0, 0, 0].bool())
     answers = Answers(texts, shape, state[:, :, -1])  # finished images are the last states
     return Written(answers, texts.float(), state, torch.zeros_like(state[:, :, 1:]), shape.length[:, 0].bool())

@@ -1,10 +1,10 @@
-"""A model that writes text and denoises images in one answer, as a policy: each token and each denoising step is one decision.
+"""A model that writes text and denoises images in one answer, as a policy: each token and each denoising step, or draw, is one decision.
 
 `pipelines/hybrid_model.py` holds the model, `hybrid_layout.py` where an answer's tokens lie, `hybrid_writing.py` and
 `hybrid_reading.py` the two ways through it; this file holds what an optimizer asks. Of UnifiedGRPO (arXiv 2603.09538), whose images are
 discrete tokens, it keeps the trajectory, the rewards of parts and the warm-up; an image is one part, of Gaussian decisions.
-Axes: B samples, b those of one call, J images at most, J + 1 texts of T tokens, K denoising steps, S = J (T + K + 1) + T decisions: of
-each text its tokens, of each image its steps and the mark behind it, which the decoder writes and nothing trains.
+Axes: B samples, b those of one call, J images at most, J + 1 texts of T tokens, K decisions of an image, S = J (T + K + 1) + T of an
+answer: of each text its tokens, of each image its steps or draws and the mark behind it, which the decoder writes and nothing trains.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmgrpo.components import locate
+from mmgrpo.draws import Draws
 from mmgrpo.schedules import Plan
 from mmgrpo.transitions import flow_sde
 from mmgrpo.types import (
@@ -34,15 +35,16 @@ from mmgrpo.types import (
     Samples,
     Trajectory,
 )
-from pipelines import hybrid_check, hybrid_lessons, hybrid_model
+from pipelines import flow_draws, hybrid_check, hybrid_lessons, hybrid_model
 from pipelines.answers import shared_prompts
 from pipelines.decisions import Sampler
-from pipelines.hybrid_evaluation import Found, Pair, evaluated, found_of
-from pipelines.hybrid_layout import Room, Shape
+from pipelines.hybrid_draws import ImageDraws
+from pipelines.hybrid_evaluation import Found, ImageDecisions, evaluated, found_of
+from pipelines.hybrid_layout import Pair, Room, Shape
 from pipelines.hybrid_options import Options, Precision, marks_of
 from pipelines.hybrid_parts import samples_of
 from pipelines.hybrid_reading import Answers, Prompts, collate
-from pipelines.hybrid_steps import Steps
+from pipelines.hybrid_steps import ImageSteps, Steps
 from pipelines.hybrid_writing import Written, write
 from pipelines.weights import choose_trained
 
@@ -51,7 +53,7 @@ class Piece(NamedTuple):
     """What one call of a replay evaluates."""
 
     rows: Tensor  # (b,) int64 of the trajectory
-    pairs: tuple[Pair, ...]  # denoising steps
+    pairs: tuple[Pair, ...]  # decisions of images
     tokens: bool  # the tokens too
 
 
@@ -65,7 +67,7 @@ class HybridPolicy:
         config: Mapping[str, Any],
         room: Room,
         steps: Steps,
-        plan: Plan,
+        decided: ImageDecisions,
         options: Options,
         *,
         train: Sequence[str] = (),
@@ -75,7 +77,7 @@ class HybridPolicy:
             tokenizer,
             dict(config),
         )  # a module with the members of `Hybrid`
-        self.room, self.steps, self.plan, self.options = room, steps, plan, options
+        self.room, self.steps, self.decided, self.options = room, steps, decided, options
         self.marks = marks_of(tokenizer, config["marks"])
         self.whole_samples = options.replay_steps is None  # a chunk of a replay holds every decision of its samples
         names = {name.split(".")[0] for name, _ in model.named_parameters()} - {"vae"}
@@ -114,19 +116,19 @@ class HybridPolicy:
 
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One answer per row; each depends on the run's seed, its sample id and its prompt alone, up to rounding."""
-        return self.walked(batch, self.plan(self.room.steps, batch.iteration, batch.seed))
+        return self.walked(batch, self.decided.planned(batch))
 
     def walked(self, batch: Batch, planned: Tensor) -> tuple[Trajectory, Samples]:
-        """One answer per row and its decisions; the planned steps of every image, (K,) bool, are stochastic and trained."""
+        """One answer per row and its decisions; the planned denoising steps of every image, bool, are stochastic."""
         written = self.written(batch, planned)
         shape, answers = written.answers.shape, written.answers
         mask = torch.zeros(len(batch), self.room.decisions, dtype=torch.bool)
         kind = torch.full(mask.shape, KINDS["token"])
         mask[:, self.room.tokens_decided()] = torch.arange(self.room.text) < shape.length.unsqueeze(2)
-        mask[:, self.room.steps_decided()] = shape.drawn.unsqueeze(2) & planned
-        kind[:, self.room.steps_decided()] = KINDS["step"]
+        mask[:, self.room.images_decided()] = shape.drawn.unsqueeze(2) & self.decided.trained(planned)
+        kind[:, self.room.images_decided()] = KINDS[self.decided.kind]
         record = {"token": answers.token, "length": shape.length, "drawn": shape.drawn, "log_prob": written.log_prob}
-        record |= {"state": written.state, "velocity": written.velocity}
+        record |= self.decided.record(batch, written)
         return Trajectory(batch, mask, kind, record), self.samples(batch, written)
 
     def generate(self, batch: Batch) -> Samples:
@@ -157,13 +159,13 @@ class HybridPolicy:
     # -- replay -------------------------------------------------------------------------------------------------
 
     def pieces(self, trajectory: Trajectory) -> Iterator[Piece]:
-        """The calls of a replay: a few answers, with all their trained steps or a few of them at a time."""
-        steps = self.room.steps_decided()
+        """The calls of a replay: a few answers, with all trained decisions of their images or a few of them at a time."""
+        columns = self.room.images_decided()
         for rows in torch.arange(len(trajectory)).split(self.options.replay_rows):
             if len(rows) == 0:  # no sample is left to replay
                 return
-            planned = trajectory.mask[rows][:, steps].any(0)  # (J, K)
-            pairs = [Pair(*pair) for pair in planned.nonzero().tolist()]
+            trained = trajectory.mask[rows][:, columns].any(0)  # (J, K)
+            pairs = [Pair(*pair) for pair in trained.nonzero().tolist()]
             most = self.options.replay_steps or max(1, len(pairs))
             for start in range(0, max(1, len(pairs)), most):
                 yield Piece(rows, tuple(pairs[start : start + most]), start == 0)
@@ -173,11 +175,12 @@ class HybridPolicy:
         part = trajectory.take(piece.rows)
         record = part.record
         shape = Shape(record["length"], record["drawn"])
-        answers = Answers(record["token"], shape, record["state"][:, :, -1]).to(self.device)
+        answers = Answers(record["token"], shape, self.decided.clean(record)).to(self.device)
+        noisy = self.decided.noisy(record, piece.pairs, answers.clean)
         with self.precision():
             return found_of(
-                self.model, self.room, self.prompts(part.batch), answers, record["state"], piece.pairs, piece.tokens,
-                self.steps, self.marks, self.options.temperature,
+                self.model, self.room, self.prompts(part.batch), answers, noisy, piece.pairs, piece.tokens, self.marks,
+                self.options.temperature,
             )  # fmt: skip
 
     def anchor(self, trajectory: Trajectory, parts: Sequence[Tensor]) -> Trajectory:
@@ -188,7 +191,7 @@ class HybridPolicy:
             for piece in self.pieces(taken):
                 with torch.enable_grad():  # the kernels of a replay, which may differ from those without a gradient
                     found = self.found(taken, piece)
-                found.keep(record, part[piece.rows])
+                found.keep(record, part[piece.rows], self.room)
         return replace(trajectory, record=record)
 
     def replay(self, trajectory: Trajectory, consume: Consumer, reference: Reference | None = None) -> None:
@@ -207,7 +210,7 @@ class HybridPolicy:
 
     def _evaluated(self, trajectory: Trajectory, piece: Piece, held: Found | None) -> tuple[Tensor, Evaluation]:
         found = self.found(trajectory, piece)
-        return evaluated(found, held, trajectory.take(piece.rows).record, self.room, self.steps)
+        return evaluated(found, held, trajectory.take(piece.rows).record, self.room, self.decided)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -235,7 +238,8 @@ class HybridPolicy:
 
 def load(
     *,
-    plan: Plan,
+    plan: Plan | None = None,
+    draws: Draws | None = None,
     model: str | None = None,
     new: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
@@ -244,7 +248,7 @@ def load(
     text: int = 256,
     steps: int = 20,
     shift: float = 1.0,
-    sampler: Sampler = flow_sde,
+    sampler: Sampler | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     temperature: float = 1.0,
     chat: bool = False,
@@ -264,13 +268,16 @@ def load(
     """A policy from a folder of `pipelines.hybrid_model`, or a new one to be pretrained.
 
     model: the folder. new: in its place what its config.json would hold, with a `tokenizer` (folder or hub name).
-    network: "path/to/file.py:build" for a module of your own, made from the config. images, text: an answer holds so many images at most, and so many tokens in each text. steps, shift: denoising steps and how their times
-    lie; plan: which of them are stochastic and trained, sampler: how, reduction: of their log-ratios. chat: prompts go through
+    network: "path/to/file.py:build" for a module of your own, made from the config. images, text: an answer holds so many images
+    at most, and so many tokens in each text. steps, shift: denoising steps and how their times lie; plan: which of them are stochastic
+    and trained, sampler: how, by default mmgrpo.transitions:flow_sde, reduction: of their log-ratios; or, with draws, images noised
+    again (`mmgrpo.draws.Draws`), sampled without noise. chat: prompts go through
     the tokenizer's chat template. train: patterns of the names of trained parameters, by default all but a VAE's.
-    rollout_rows: answers written at once; replay_rows, replay_steps: answers and denoising steps of each whose graphs are held
-    at once. text_weight, image_weight, noises, media: of lessons (train.stage = "pretrain"): the two losses' weights, noisy
+    rollout_rows: answers written at once; replay_rows, replay_steps: answers, and denoising steps or draws of each, whose graphs are
+    held at once. text_weight, image_weight, noises, media: of lessons (train.stage = "pretrain"): the two losses' weights, noisy
     versions of each image, the folder of the images that answers name. dtype: of the weights; autocast: of the computation.
     """
+    chosen = flow_draws.chosen(sampler is not None, plan, draws)
     source = tokenizer or model
     if source is None:
         raise ValueError("policy.new is set without policy.tokenizer; expected the folder or hub name of one")
@@ -282,6 +289,7 @@ def load(
         temperature, rollout_rows, replay_rows, replay_steps, chat, text_weight, image_weight, noises, media,
         None if autocast is None else getattr(torch, autocast),
     )  # fmt: skip
-    room = Room(images, text, loaded.tokens, steps)
-    how = Steps(steps, sampler, shift, reduction)
-    return HybridPolicy(loaded, AutoTokenizer.from_pretrained(source), config, room, how, plan, options, train=train)
+    how = Steps(steps, sampler or flow_sde, shift, reduction)
+    decided = ImageDraws(steps, chosen) if isinstance(chosen, Draws) else ImageSteps(how, chosen)
+    room = Room(images, text, loaded.tokens, decided.count)
+    return HybridPolicy(loaded, AutoTokenizer.from_pretrained(source), config, room, how, decided, options, train=train)

@@ -206,8 +206,12 @@ def olds(record: Mapping[str, Tensor]) -> dict[int, Tensor]:
 
 
 def noise_of(part: Trajectory, draw: int, piece: int = 0) -> Tensor:
-    """The noise of a draw, computed once for rows that share it; (b, ...) on the CPU."""
+    """The noise of a draw; (b, ...) on the CPU."""
     row_seeds = [seeds.derive(seed, piece) for seed in part.record["noise"][:, draw].tolist()]
+    return shared_noise(row_seeds, part.record[f"clean.{piece}"].shape[1:])
+
+
+def shared_noise(row_seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard-normal noise, computed once for rows of one seed; (b, *shape) on the CPU."""
     shared = {seed: place for place, seed in enumerate(dict.fromkeys(row_seeds))}
-    noise = seeds.normal(list(shared), part.record[f"clean.{piece}"].shape[1:])
-    return noise[[shared[seed] for seed in row_seeds]]
+    return seeds.normal(list(shared), shape)[[shared[seed] for seed in row_seeds]]

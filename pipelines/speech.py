@@ -21,7 +21,7 @@ from mmgrpo.draws import Draws
 from mmgrpo.schedules import Plan
 from mmgrpo.transitions import flow_sde
 from mmgrpo.types import Batch, Chunk, Consumer, Evaluation, Finding, Lesson, Prompt, Reference, Samples, Trajectory
-from pipelines import recordings, speech_check, speech_draws, speech_models
+from pipelines import flow_draws, recordings, speech_check, speech_draws, speech_models
 from pipelines.mel import with_vocoder
 from pipelines.recordings import Heard, Mixing, hear
 from pipelines.recordings_check import check
@@ -217,7 +217,7 @@ class SpeechPolicy:
             anchored = recorded(f"anchor.{column}")
             old = torch.where(anchored.isnan(), old, anchored)  # NaN: replayed before any update
         if state.target is not None:
-            return speech_draws.evaluated(velocity, state.target, state.t, old, held)
+            return flow_draws.evaluated(velocity, state.target, state.t, old, held)
         velocities = Velocities(velocity, old, recorded(f"velocity.{column}"), held)
         return self.steps.evaluated(state.x, recorded(f"state.{column + 1}"), velocities, column, given.centre)
 
@@ -290,7 +290,7 @@ def load(
     replay_rows: recordings computed at once. dtype: of the weights; autocast: of the network's computation.
     same_noise: all samples of a group start from one noise, and differ by the sampler's alone.
     """
-    decided = speech_draws.chosen(sampler is not None, plan, draws)
+    decided = flow_draws.chosen(sampler is not None, plan, draws)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = speech_models.opened(model, new, network)
     loaded = replace(loaded, representation=with_vocoder(loaded.representation, vocoder, place))

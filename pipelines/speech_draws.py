@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from mmgrpo.draws import Draws, all_noise_seeds, all_shares
-from mmgrpo.schedules import Plan
 from mmgrpo.seeds import normal
-from mmgrpo.types import KINDS, Evaluation, Trajectory
-from pipelines.matching import evaluation
+from mmgrpo.types import KINDS, Trajectory
 from pipelines.speech_steps import Given
 
 
@@ -23,19 +21,6 @@ class State(NamedTuple):
     x: Tensor  # (b, C, K, T)
     t: Tensor  # (b,) 1 is noise
     target: Tensor | None = None  # (b, C, K, T) of a draw: the velocity that it should predict
-
-
-def chosen(sampled: bool, plan: Plan | None, draws: Draws | None) -> Plan | Draws:
-    """Planned steps or draws, whichever the options name; raises ValueError unless they name one."""
-    if draws is not None and plan is None and not sampled:
-        if draws.call:
-            raise ValueError(f"policy.draws.call is {dict(draws.call)}; a flow over speech has no call: expected none")
-        return draws
-    if draws is None and plan is not None:
-        return plan
-    named = {"sampler": sampled, "plan": plan, "draws": draws}
-    given = ", ".join(f"policy.{name}" for name, there in named.items() if there)
-    raise ValueError(f"{given or 'none of them'} arrived; expected policy.plan, or policy.draws alone")
 
 
 def drawn(trajectory: Trajectory, draws: Draws) -> Trajectory:
@@ -53,10 +38,3 @@ def noised(part: Trajectory, draw: int, clean: Tensor, given: Given) -> State:
     x1 = given.centre + normal(part.record["noise"][:, draw].tolist(), x0.shape[1:]).to(x0)
     along = t[:, None, None, None]
     return State((1 - along) * x0 + along * x1, t, x1 - x0)
-
-
-def evaluated(velocity: Tensor, target: Tensor, t: Tensor, old: Tensor, reference: Tensor | None) -> Evaluation:
-    """One draw of a call's rows under today's weights, old ones and those of a reference; (b, C, K, T) each -> (b, 1)."""
-    output, old, target = (value.to(velocity).flatten(1) for value in (velocity, old, target))
-    held = None if reference is None else reference.flatten(1)
-    return evaluation(output, target, old, held, t.to(velocity).unsqueeze(1))

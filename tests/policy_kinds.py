@@ -1,6 +1,6 @@
 """One tiny policy of every kind, by name, and how to make it evaluate in smaller chunks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,9 +67,9 @@ def interleaved(folder: Path) -> Made:
     return policy, prompts[:2]
 
 
-def hybrid(folder: Path) -> Made:
-    """Three slots for each of its decisions: a text, an image in steps."""
-    policy = tiny_hybrids.opened(tiny_hybrids.written(folder), rollout_rows=6, replay_rows=6)
+def hybrid(options: Mapping[str, Any], folder: Path) -> Made:
+    """Answers of texts and images."""
+    policy = tiny_hybrids.opened(tiny_hybrids.written(folder), rollout_rows=6, replay_rows=6, **options)
     prompts = [Prompt(0, "one plus one red circles"), Prompt(1, "two minus one")]
     policy.prepare(prompts)
     return policy, prompts
@@ -91,6 +91,7 @@ def fewer_recordings(policy: Any) -> None:
     policy.steps = replace(policy.steps, options=replace(policy.options, replay_rows=1))
 
 
+DRAWN = {"plan": None, "draws": Draws()}
 KINDS = (
     PolicyKind("image flow", partial(pipeline, "StableDiffusion3", from_levels(flow_sde)), fewer_rows),
     PolicyKind("image diffusion", partial(pipeline, "StableDiffusion", from_levels(ddim)), fewer_rows),
@@ -102,5 +103,6 @@ KINDS = (
     PolicyKind("text in blocks", partial(filled, "block"), fewer_copies),
     PolicyKind("text in blocks, by their order", partial(filled, "order"), fewer_copies),
     PolicyKind("texts and images in turn, as tokens", interleaved, fewer_tokens),
-    PolicyKind("texts and images in turn, tokens and steps", hybrid, fewer_stories),
+    PolicyKind("texts and images in turn, tokens and steps", partial(hybrid, {}), fewer_stories),
+    PolicyKind("texts and images in turn, tokens and draws", partial(hybrid, DRAWN), fewer_stories),
 )

@@ -47,7 +47,7 @@ def evaluations(policy: HybridPolicy, trajectory: Trajectory, reference=None) ->
     found: dict[str, Tensor] = {}
 
     def consume(chunk: Chunk) -> None:
-        for name, value in chunk.evaluation.tensors().items():
+        for name, value in improve.small(chunk.evaluation).items():
             whole = found.setdefault(name, torch.full(trajectory.mask.shape, math.nan))
             whole[chunk.rows.unsqueeze(1), chunk.steps] = value.detach().float()
 
@@ -73,7 +73,7 @@ def of_kind(trajectory: Trajectory, kind: str) -> Tensor:
 
 
 def test_a_text_sees_what_came_before_an_image_itself_and_a_noisy_version_what_came_before_its_image():
-    room = Room(images=1, text=2, tokens=2, steps=2)  # slots: w w | i i e | w w
+    room = Room(images=1, text=2, tokens=2, per_image=2)  # slots: w w | i i e | w w
     shape = Shape(torch.tensor([[1, 2]]), torch.tensor([[True]]))
     prompt, filled = torch.tensor([[True]]), alive(room, shape)
     assert filled.tolist() == [[True, False, True, True, True, True, True]]
@@ -96,7 +96,7 @@ def test_decisions_stand_in_the_order_of_time_and_the_mark_behind_an_image_is_no
     policy = opened(folder)
     trajectory, samples = policy.rollout(batch_of())
     assert policy.room.tokens_decided().tolist() == [[0, 1, 2], [7, 8, 9], [14, 15, 16]]
-    assert policy.room.steps_decided().tolist() == [[3, 4, 5], [10, 11, 12]]
+    assert policy.room.images_decided().tolist() == [[3, 4, 5], [10, 11, 12]]
     assert trajectory.mask.shape == (6, 17)
     assert not trajectory.mask[:, [5, 6, 12, 13]].any()  # the last steps have no noise
     drawn = trajectory.record["drawn"]
@@ -232,7 +232,7 @@ def test_decisions_of_one_kind_move_what_the_other_kind_is_made_of(folder):
     image = {"patch_in.weight", "places", "time.0.weight"}
     after_the_image = reached(policy.room.tokens_decided()[1])
     before_the_image = reached(policy.room.tokens_decided()[0])
-    steps = reached(policy.room.steps_decided()[0])
+    steps = reached(policy.room.images_decided()[0])
     assert image <= after_the_image and not image & before_the_image
     assert {
         "trunk.model.embed_tokens.weight",
@@ -472,6 +472,6 @@ def test_patches_come_back_as_the_image_that_was_cut():
 def test_a_plan_that_leaves_steps_out_trains_the_others_alone(folder):
     policy = opened(folder, plan=partial(listed, indices=[1]))
     trajectory, _ = policy.rollout(batch_of())
-    steps = of_kind(trajectory, "step")[:, policy.room.steps_decided()]
+    steps = of_kind(trajectory, "step")[:, policy.room.images_decided()]
     assert not steps[:, :, [0, 2]].any() and torch.equal(steps[:, :, 1], trajectory.record["drawn"])
     assert evaluations(policy, replace(trajectory))["log_ratio"][trajectory.mask].abs().max() == 0

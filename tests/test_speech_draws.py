@@ -224,7 +224,7 @@ def test_gradients_are_those_of_finite_differences(prompts, folder) -> None:
         ({"draws": Draws(), "sampler": flow_sde}, "policy.sampler, policy.draws arrived; expected policy.plan, or"),
         (
             {"draws": Draws(call={"guidance_scale": 1.0})},
-            r"policy\.draws\.call is {'guidance_scale': 1.0}; a flow over",
+            r"policy\.draws\.call is {'guidance_scale': 1.0}; this policy",
         ),
     ],
     ids=["none", "two", "call"],
