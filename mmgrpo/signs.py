@@ -22,7 +22,7 @@ SATURATED = 0.7  # share of groups without spread that is told
 KEPT = ("reward/", "held_out/")  # beginnings of the metrics that are remembered, of those that `ENDS` names
 ENDS = ("/mean", "/groups_without_spread", "/standard_errors", "total/std")
 
-WHILE = " while the reward rose"
+WHILE = " while the reward rose"  # said where there are rollouts
 
 Series = Sequence[float]  # (N,) one value an iteration, NaN where it was not measured
 
