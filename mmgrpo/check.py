@@ -12,6 +12,7 @@ from mmgrpo.aggregations import token_mean
 from mmgrpo.comparing import told
 from mmgrpo.data import requests
 from mmgrpo.improve import TOLD, Given, Measured, accumulate
+from mmgrpo.offline import require_redrawable
 from mmgrpo.previewing import previewed
 from mmgrpo.ratios import decision
 from mmgrpo.recipe import Recipe
@@ -61,6 +62,8 @@ def require_sound(run: Run, folder: Path) -> None:
 
 def examine(run: Run) -> Report:
     """Everything that must hold at the start of a run."""
+    if run.recipe.train.stage == "offline":
+        require_redrawable(run)
     findings = run.policy.self_test(run.prompts[:4])
     if run.recipe.train.stage == "pretrain":
         return Report((*findings, learns(run, probe(run)), updates_survive(run)))

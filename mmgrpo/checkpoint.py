@@ -105,7 +105,7 @@ def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], fact
     for name, values in tensors.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or (folder / f"{name}.safetensors").exists():
             raise ValueError(f"{name!r} cannot name a file of tensors; expected unused letters, digits, '_' or '-'")
-        save_file(_storable(values), folder / f"{name}.safetensors")
+        save_file(storable(values), folder / f"{name}.safetensors")
     (folder / "facts.json").write_text(facts)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
@@ -114,7 +114,7 @@ def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], fact
         _sync(path)
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors without common storage: a tied or overlapping tensor is stored once per name."""
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()

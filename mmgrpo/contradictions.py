@@ -15,7 +15,8 @@ Problems = dict[str, str | bool]  # key -> what is wrong with it, or nothing
 
 def refuse_contradictions(recipe: "Recipe", where: str) -> None:
     """Raise RecipeError naming the first key that contradicts another."""
-    found = in_training(recipe) | in_recall(recipe) | in_loss(recipe, where) | in_entropy(recipe) | in_watch(recipe)
+    found = in_training(recipe) | in_offline(recipe) | in_recall(recipe) | in_loss(recipe, where)
+    found |= in_entropy(recipe) | in_watch(recipe)
     for key, problem in found.items():
         if problem:
             raise RecipeError(f"{where}{key}: {problem}")
@@ -26,7 +27,7 @@ def in_training(recipe: "Recipe") -> Problems:
     train, loss = recipe.train, recipe.loss
     among = train.group_size * (1 if train.keep_among == "group" else train.prompts)
     kept = round(train.keep_share * among)
-    aligned = train.stage == "align"
+    aligned = train.stage != "pretrain"
     return {
         "rewards": aligned
         and all(reward.weight == 0 for reward in recipe.rewards)
@@ -54,6 +55,32 @@ def in_training(recipe: "Recipe") -> Problems:
     }
 
 
+def in_offline(recipe: "Recipe") -> Problems:
+    """What is wrong with samples that are made once."""
+    offline, train = recipe.offline, recipe.train
+    once = train.stage == "offline"
+    rolling = {
+        "train.rounds": train.rounds > 1,
+        "behaviour.lag": recipe.behaviour.lag > 0,
+        "loss.kl_in_reward": recipe.loss.kl_in_reward > 0,
+    }
+    asked = [name for name, there in rolling.items() if there]
+    return {
+        "policy.draws": once
+        and recipe.policy.get("draws") is None
+        and "missing, with train.stage 'offline'; expected draws, as recorded steps belong to the weights that took them",
+        "offline.samples": once
+        and offline.samples < train.group_size
+        and f"{offline.samples} arrived with train.group_size {train.group_size}; expected at least as many samples of a prompt",
+        "offline": once
+        and bool(asked)
+        and f"train.stage 'offline' arrived with {', '.join(asked)}; expected none of it: the weights of the start sample, once",
+        "offline.samples or folder": not once
+        and offline != type(offline)()
+        and f"{offline.samples} and {offline.folder!r} arrived with train.stage {train.stage!r}; expected 'offline'",
+    }
+
+
 def in_recall(recipe: "Recipe") -> Problems:
     """What is wrong with groups that are kept."""
     recall, train, loss = recipe.recall, recipe.train, recipe.loss
@@ -71,7 +98,7 @@ def in_recall(recipe: "Recipe") -> Problems:
 def in_loss(recipe: "Recipe", where: str) -> Problems:
     """What is wrong with the terms of the loss and the reference."""
     loss, reference = recipe.loss, recipe.reference
-    asks = recipe.train.stage == "align" and facts(build(recipe.objective, where + "objective")).refers
+    asks = recipe.train.stage != "pretrain" and facts(build(recipe.objective, where + "objective")).refers
     refers = asks or loss.kl_weight > 0 or loss.kl_in_reward > 0
     return {
         "loss.length": (loss.aggregation == "constant") != (loss.length is not None)
@@ -100,8 +127,8 @@ def in_entropy(recipe: "Recipe") -> Problems:
     """What is wrong with the bounds of the entropy."""
     entropy = recipe.entropy
     return {
-        "entropy.most": entropy.most < entropy.least
-        and f"{entropy.most} arrived; expected at least entropy.least, {entropy.least}",
+        "entropy.bounds": entropy.bounds[1] < entropy.bounds[0]
+        and f"{entropy.bounds} arrived; expected the least weight, then the most",
         "entropy.band": (
             (entropy.band is None) != (entropy.band_weight == 0)
             or (entropy.band is not None and entropy.band[0] > entropy.band[1])
@@ -114,13 +141,13 @@ def in_watch(recipe: "Recipe") -> Problems:
     """What is wrong with the scores that are guarded."""
     watch, train, known = recipe.watch, recipe.train, [reward.name for reward in recipe.rewards]
     strange = [name for name in watch.guard if name.partition(".")[0] not in known]
-    unseen = watch.action == "off" or train.evaluate_every == 0 or train.stage != "align"
+    unseen = watch.action == "off" or train.evaluate_every == 0 or train.stage == "pretrain"
     problem: str | bool = False
     if strange:
         problem = f"{strange[0]!r} arrived{nearest(strange[0], known)}; expected names of [[rewards]]"
     elif watch.guard and unseen:
         problem = (
             f"{dict(watch.guard)} arrived with watch.action {watch.action!r}, train.evaluate_every {train.evaluate_every} "
-            f"and train.stage {train.stage!r}; expected held-out scores to look at, in the stage 'align'"
+            f"and train.stage {train.stage!r}; expected held-out scores to look at, and not the stage 'pretrain'"
         )
     return {"watch.guard": problem}

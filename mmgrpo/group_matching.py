@@ -92,8 +92,8 @@ def gdro(
 
     `listwise` of the implicit rewards -strength * (error - reference_error), plus stabilizer * the error of the group's best
     sample, the first of equals. A group of equal rewards has no loss. The advantages are not read. The source's numbers are 12
-    and 0.5 for text rendering, 6 and 1 for composition; too small a strength collapses. PARTIAL: the source trains on samples that
-    were made once before, and whether its errors are means or sums is not published; one (t, eps) per group and column is
+    and 0.5 for text rendering, 6 and 1 for composition; too small a strength collapses. Its samples are made once
+    before (mmgrpo/offline.py). PARTIAL: whether its errors are means or sums is not published; one (t, eps) per group and column is
     RECONSTRUCTED.
     """
     error, reference = required(evaluation, "error"), required(evaluation, "reference_error")

@@ -24,7 +24,7 @@ from mmgrpo.types import Batch, Feedback, Policy, Prompt, Trajectory
 class Kept:
     """A group as it was sampled and judged, in main memory."""
 
-    score: float  # above 0
+    score: float  # above 0; 0 in the stage "offline", which keeps every group
     iteration: int  # that sampled it
     trajectory: Trajectory  # G rows, with what a replay compares them with
     feedback: Feedback  # G rows

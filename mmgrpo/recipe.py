@@ -85,8 +85,7 @@ class Entropy:
 
     target: NotNegative | None = None  # mean entropy up to which the bonus grows and counts; not set: its weight stays
     delta: Positive = 0.005  # change of the weight per optimizer update
-    least: NotNegative = 0.0  # of the weight
-    most: NotNegative = 1.0  # of the weight
+    bounds: tuple[NotNegative, NotNegative] = (0.0, 1.0)  # least and most of the weight
     band: tuple[NotNegative, NotNegative] | None = None  # of the mean of -log p
     band_weight: NotNegative = 0.0  # of what lies outside of the band
 
@@ -141,7 +140,7 @@ class Train:
     iterations: Count  # rollouts in the run
     prompts: Count  # per iteration, over all ranks
     group_size: Count  # samples per prompt, at least 2
-    stage: Literal["align", "pretrain"] = "align"  # "pretrain": supervised, `group_size` examples of each prompt
+    stage: Literal["align", "pretrain", "offline"] = "align"  # "pretrain": supervised; "offline": on samples made once
     rounds: Count = (
         1  # rollouts at most, until `prompts` groups have differences to learn from (DAPO's dynamic sampling)
     )
@@ -156,6 +155,15 @@ class Train:
     evaluate_every: Natural = 0  # iterations; 0 is never
     keep: Count = 3  # newest checkpoints that stay on disk
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)  # beside metrics.jsonl
+
+
+@section
+@dataclass(frozen=True)
+class Offline:
+    """[offline] Samples that are made once, of which each iteration's groups are taken; of the stage "offline"."""
+
+    samples: Count = 16  # of each prompt, at least train.group_size
+    folder: str = ""  # of samples that several runs share, filled by the first; empty: RUN/offline
 
 
 @section
@@ -178,7 +186,6 @@ class Watch:
     norm_updates: Count = 3  # updates that are over it, none of their iterations without one
     fall: Positive = 0.15  # of the rollouts' reward from its best, in standard deviations of the first samples' rewards
     saturated: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of groups without spread that is acted on; 1 is never
-    slow_to: Annotated[float, Field(gt=0, lt=1)] = 0.5  # what "slow" multiplies the learning rate by
     guard: Mapping[str, Literal["higher", "lower"]] = field(default_factory=dict)  # held-out scores: which way is good
 
 
@@ -200,6 +207,7 @@ class Recipe:
     evaluation: Evaluation
     method: str | None = None  # a name of mmgrpo/methods.toml, whose part lies under the sections above
     entropy: Entropy = Entropy()
+    offline: Offline = Offline()
     recall: Recall = Recall()
     behaviour: Behaviour = Behaviour()
     watch: Watch = Watch()
@@ -254,6 +262,7 @@ def _recipe(table: Table, where: str) -> Recipe:
         evaluation=_with_options(table.get("evaluation", {}), Evaluation, where + "evaluation"),
         method=part("method", str) if "method" in table else None,
         entropy=part("entropy", Entropy),
+        offline=part("offline", Offline),
         recall=part("recall", Recall),
         behaviour=part("behaviour", Behaviour),
         watch=part("watch", Watch),

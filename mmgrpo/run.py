@@ -22,7 +22,7 @@ from mmgrpo.recall import Kept, packed, unpacked
 from mmgrpo.recipe import Loss as LossOptions
 from mmgrpo.recipe import Recipe, build
 from mmgrpo.shadow import Reference, Shadow
-from mmgrpo.signs import History
+from mmgrpo.signs import SLOWER, History
 from mmgrpo.types import KINDS, AdvantageFunction, Policy, Prompt, Reward
 
 COUNTERS = ("iteration", "rollouts", "updates", "samples")
@@ -48,6 +48,7 @@ class Run:
     bonus: Bonus = Bonus(0.0)  # of the entropy
     watched: dict[str, Reward] = field(default_factory=dict)  # of the held-out samples alone
     kept: list[Kept] = field(default_factory=list)  # groups that may stand in for others
+    stored: Path = Path()  # the folder of samples that were made once, in the stage "offline"
     history: History = History()  # of what the watch reads
     norms: list[float] = field(default_factory=list)  # of the gradient before it is clipped, since the watch read them
     iteration: int = 0  # the next one
@@ -73,7 +74,7 @@ class Run:
         options, total = self.recipe.optimizer, self.recipe.train.iterations
         warm = min(1.0, (self.iteration + 1) / options.warmup) if options.warmup else 1.0
         fall = 1 - 0.9 * self.iteration / total if options.decay == "linear" else 1.0
-        return options.learning_rate * warm * fall * self.recipe.watch.slow_to**self.history.slowed
+        return options.learning_rate * warm * fall * SLOWER**self.history.slowed
 
 
 def start(recipe: Recipe) -> Run:
@@ -126,7 +127,7 @@ def built_loss(recipe: Recipe) -> Loss:
 def adaptation(recipe: Recipe) -> Adaptation | None:
     """How the entropy's bonus follows the entropy; None if it does not."""
     options = recipe.entropy
-    return None if options.target is None else Adaptation(options.target, options.delta, options.least, options.most)
+    return None if options.target is None else Adaptation(options.target, options.delta, *options.bounds)
 
 
 def distance(options: LossOptions) -> kl.KL:

@@ -17,9 +17,12 @@ WINDOW = 5  # iterations whose rollouts are averaged
 ERRORS = (
     5.0  # standard errors: the best of many means is above them all by chance, and scores are looked at again and again
 )
+SLOWER = 0.5  # what slowing a run multiplies its learning rate by
 SATURATED = 0.7  # share of groups without spread that is told
 KEPT = ("reward/", "held_out/")  # beginnings of the metrics that are remembered, of those that `ENDS` names
 ENDS = ("/mean", "/groups_without_spread", "/standard_errors", "total/std")
+
+WHILE = " while the reward rose"  # said where there are rollouts
 
 Series = Sequence[float]  # (N,) one value an iteration, NaN where it was not measured
 
@@ -63,16 +66,19 @@ def read(history: History, norms: Series, metrics: Mapping[str, float]) -> Histo
     )
 
 
-def signs(history: History, options: Watch, weights: Mapping[str, float]) -> list[Sign]:
-    """All that a history shows; `weights` are those of the rewards in the total, by name."""
+def signs(history: History, options: Watch, weights: Mapping[str, float], rolls: bool = True) -> list[Sign]:
+    """All that a history shows; `weights` are those of the rewards in the total, by name.
+
+    `rolls`: there are rollouts, whose rewards held-out scores are read beside.
+    """
     share = groups_alike(history)
     found = {
         "gradient": (gradient_grew(history, options), True),
         "reward": (reward_fell(history, options), True),
-        "sampler": (held_out_left_behind(history, weights), True),
-        "guard": (guarded_got_worse(history, options.guard), True),
+        "sampler": (held_out_left_behind(history, weights, rolls), True),
+        "guard": (guarded_got_worse(history, options.guard, rolls), True),
         "saturation": (saturated(history), share > options.saturated),
-        "unguarded": (unguarded_moved(history, options.guard, weights), False),
+        "unguarded": (unguarded_moved(history, options.guard, weights, rolls), False),
     }
     return [Sign(name, sentence, acts) for name, (sentence, acts) in found.items() if sentence is not None]
 
@@ -191,12 +197,14 @@ def weight_of(name: str, weights: Mapping[str, float]) -> float:
     return weights.get(name, weights.get(name.partition(".")[0], 0.0))
 
 
-def held_out_left_behind(history: History, weights: Mapping[str, float]) -> str | None:
+def held_out_left_behind(history: History, weights: Mapping[str, float], rolls: bool = True) -> str | None:
     """Whether a reward that is trained on falls on held-out samples, which are made without exploration, but not in rollouts."""
     for name, changes in newest_errors(history).items():
         good = math.copysign(1.0, weight_of(name, weights)) if weight_of(name, weights) else 0.0
         at, best = max([(0, 0.0), *changes], key=lambda change: good * change[1])
         lost = good * (best - changes[-1][1])
+        if lost >= ERRORS and not rolls:
+            return f"{name} fell on held-out samples by {lost:.1f} standard errors since iteration {at}"
         rollouts = history.metrics.get(f"reward/{name}/mean", ())
         then, now = (measured(rollouts[: max(at + 1, WINDOW)])[-WINDOW:], measured(rollouts)[-WINDOW:])
         if lost >= ERRORS and then and good * (fmean(now) - fmean(then)) >= 0:
@@ -213,25 +221,27 @@ def reward_rose(history: History) -> bool:
     return bool(over) and over[-1] >= over[0]
 
 
-def guarded_got_worse(history: History, guard: Mapping[str, str]) -> str | None:
-    """Whether a held-out score that `guard` names moved away from the way that is good, while the reward rose."""
+def guarded_got_worse(history: History, guard: Mapping[str, str], rolls: bool = True) -> str | None:
+    """Whether a held-out score that `guard` names moved away from the way that is good, while the reward of rollouts rose."""
     for name, changes in newest_errors(history).items():
         moved = changes[-1][1]
         worse = {"higher": -moved, "lower": moved}.get(guard.get(name, ""), 0.0)
-        if worse >= ERRORS and reward_rose(history):
-            return f"{name} got worse by {worse:.1f} standard errors on held-out samples while the reward rose"
+        if worse >= ERRORS and (not rolls or reward_rose(history)):
+            return f"{name} got worse by {worse:.1f} standard errors on held-out samples{WHILE if rolls else ''}"
     return None
 
 
-def unguarded_moved(history: History, guard: Mapping[str, str], weights: Mapping[str, float]) -> str | None:
+def unguarded_moved(
+    history: History, guard: Mapping[str, str], weights: Mapping[str, float], rolls: bool = True
+) -> str | None:
     """Which held-out scores, neither trained on nor guarded, moved while the reward rose: whether that is bad is not known."""
     others = {
         name: changes[-1][1]
         for name, changes in newest_errors(history).items()
         if name not in guard and not weight_of(name, weights) and abs(changes[-1][1]) >= ERRORS
     }
-    if not others or not reward_rose(history):
+    if not others or (rolls and not reward_rose(history)):
         return None
     moved = ", ".join(f"{name} by {change:+.1f} standard errors" for name, change in others.items())
     asked = ", ".join(f'{name} = "{"lower" if change > 0 else "higher"}"' for name, change in others.items())
-    return f"not trained on, moved while the reward rose: {moved}; to stop where that is worse: watch.guard = {{ {asked} }}"
+    return f"not trained on, moved{WHILE if rolls else ''}: {moved}; to stop where that is worse: watch.guard = {{ {asked} }}"

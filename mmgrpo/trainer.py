@@ -1,10 +1,12 @@
 """The loop: roll out, score, compare inside groups, improve, report. It knows no modality, reward or algorithm by name.
 
-A run of the stage "pretrain" has a supervised lesson (mmgrpo/teaching.py) in the place of the first four.
+A run of the stage "pretrain" has a supervised lesson (mmgrpo/teaching.py) in the place of the first four, one of the stage "offline"
+samples that were made and scored once (mmgrpo/offline.py) in the place of the first two.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from mmgrpo.gathering import Gathered, gather, held_back, recalled, store
 from mmgrpo.improve import Given, Measured, NonFiniteError, accumulate
 from mmgrpo.interrupt import Interrupted, Interrupts, listening
 from mmgrpo.journal import Journal, Stopwatch, peak_memory
+from mmgrpo.offline import collect, regrouped
 from mmgrpo.recall import anchored
 from mmgrpo.recipe import Recipe, load, resolved
 from mmgrpo.run import Run, restore, save, start
@@ -65,6 +68,8 @@ def loop(run: Run, folder: Path) -> Run:
     options = run.recipe.train
     written = Journal(folder, resume_at=run.iteration, trackers=options.trackers)
     with written as journal, listening() as interrupts, progress() as bar:
+        if options.stage == "offline":
+            collect(run, folder, bar, interrupts)
         if run.held_out and options.evaluate_every and run.iteration == 0:
             remember(run, folder)
         task = bar.add_task(options.stage, total=options.iterations, completed=run.iteration, note="")
@@ -107,11 +112,11 @@ def guarded_iteration(run: Run, folder: Path) -> dict[str, float]:
         raise NonFiniteError(f"iteration {run.iteration}: {error}; the state is saved in {path}") from error
 
 
-def iteration(run: Run) -> dict[str, float]:
+def iteration(run: Run, gathering: Callable[[Run, Stopwatch], Gathered] = gather) -> dict[str, float]:
     """One rollout, or several until enough groups differ inside, and the updates made from it; -> metrics."""
     phases = Stopwatch(run.device)
     with run.behaviour.applied():
-        rolled = recalled(run, gather(run, phases))
+        rolled = recalled(run, gathering(run, phases))
         with phases.measure("score"):
             feedback = held_back(run, rolled)
         advantage = run.compare(feedback)
@@ -212,7 +217,11 @@ def summary(measured: Measured, part: Trajectory, norm: float, run: Run) -> dict
     return plain | {f"update/{name}": value for name, value in moved.items()}
 
 
-STAGES = {"align": iteration, "pretrain": lesson}
+STAGES: Mapping[str, Callable[[Run], dict[str, float]]] = {
+    "align": iteration,
+    "pretrain": lesson,
+    "offline": partial(iteration, gathering=regrouped),
+}
 
 
 def note(metrics: Mapping[str, float]) -> str:

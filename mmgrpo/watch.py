@@ -13,7 +13,7 @@ from mmgrpo import checkpoint
 from mmgrpo.evaluation import look
 from mmgrpo.recipe import Watch
 from mmgrpo.run import Run, remembered
-from mmgrpo.signs import WINDOW, History, Sign, fall, measured, read, signs, usual_norm
+from mmgrpo.signs import SLOWER, WINDOW, History, Sign, fall, measured, read, signs, usual_norm
 
 FILE = "watch.txt"
 SLOWED = 3  # times at most; the next alarm stops the run
@@ -21,13 +21,15 @@ SLOWED = 3  # times at most; the next alarm stops the run
 
 def attend(run: Run, metrics: Mapping[str, float], folder: Path) -> dict[str, float]:
     """Read an iteration and act on it; -> its metrics, with those of the watch, and held-out scores if it is the last."""
-    run.history, run.norms = read(run.history, run.norms, metrics), []
+    rolls = run.recipe.train.stage != "offline"  # else rewards are those of samples that were made once
+    seen = {name: value for name, value in metrics.items() if rolls or not name.startswith("reward/")}
+    run.history, run.norms = read(run.history, run.norms, seen), []
     options = run.recipe.watch
     if options.action == "off":
         return dict(metrics)
     before = run.history
     if before.iterations >= options.after:
-        run.history = judged(before, signs(before, options, run.weights), options, run.iteration)
+        run.history = judged(before, signs(before, options, run.weights, rolls), options, run.iteration)
     if run.history.said != before.said:
         write(folder, run.history.said)
     found = {**metrics, **numbers(run.history, options)}
@@ -48,7 +50,7 @@ def judged(history: History, seen: list[Sign], options: Watch, iteration: int) -
     what = "; ".join(sign.sentence for sign in acting)
     if options.action == "stop" or history.slowed == SLOWED:
         return saying(replace(history, stopped=what), f"iteration {iteration}: {what}; stopped")
-    share = options.slow_to ** (history.slowed + 1)
+    share = SLOWER ** (history.slowed + 1)
     slower = replace(history, slowed=history.slowed + 1, norms=(), silent=options.after)
     return saying(slower, f"iteration {iteration}: {what}; the learning rate is lowered to {share:.3g} of its own")
 

@@ -96,6 +96,11 @@ class DiffusionPolicy:
         """One sample per row; each row depends on the run's seed, its sample id and its prompt alone."""
         return self.process.rollout(batch)
 
+    def redrawn(self, trajectory: Trajectory, batch: Batch) -> Trajectory:
+        """Recorded samples as the rows of another batch, noised again by its draws; of a policy with draws."""
+        assert isinstance(self.process, ForwardProcess)  # the recipe was checked
+        return self.process.redrawn(trajectory, batch)
+
     def generate(self, batch: Batch) -> Samples:
         """One sample per row without exploration."""
         return self.process.generate(batch)

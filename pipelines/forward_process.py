@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mmgrpo.draws import Draws, all_noise_seeds, shares, which_set
+from mmgrpo.draws import Draws, all_noise_seeds, all_shares
 from mmgrpo.transitions import Level
 from mmgrpo.types import KINDS, Batch, Chunk, Consumer, Evaluation, Finding, Prompt, Reference, Samples, Trajectory
 from pipelines import forward_check, mixed_draws, thinning
@@ -65,16 +65,19 @@ class ForwardProcess:
     def rollout(self, batch: Batch) -> tuple[Trajectory, Samples]:
         """One sample per row by the pipeline's own solver, and the levels and noises of its draws."""
         record, samples = self.sampled(batch, {})
-        sets = which_set(self.draws, batch)
-        entries = torch.zeros(len(batch), self.draws.count, dtype=torch.int64)
-        for which in sets.unique().tolist():
-            found = thinning.nearest(self.noise_shares, shares(self.draws, which, batch.seed, batch.iteration))
-            entries[sets == which] = torch.tensor(found)
-        mask = torch.ones(entries.shape, dtype=torch.bool)
-        kind = torch.full(entries.shape, KINDS["draw"])
-        return Trajectory(
-            batch, mask, kind, {**record, "entry": entries, "noise": all_noise_seeds(self.draws, batch)}
-        ), samples
+        return self.drawn(batch, record), samples
+
+    def redrawn(self, trajectory: Trajectory, batch: Batch) -> Trajectory:
+        """Recorded samples as the rows of another batch, with the levels and noises of its draws."""
+        return self.drawn(batch, self.clean(trajectory.record))
+
+    def drawn(self, batch: Batch, clean: Mapping[str, Tensor]) -> Trajectory:
+        """Clean samples of the rows, by part, with the levels and noises of the batch's draws, which are their decisions."""
+        sets, which = all_shares(self.draws, batch).unique(dim=0, return_inverse=True)
+        entries = torch.tensor([thinning.nearest(self.noise_shares, levels) for levels in sets])[which]  # (B, K)
+        mask, kind = torch.ones(entries.shape, dtype=torch.bool), torch.full(entries.shape, KINDS["draw"])
+        record = {**clean, "entry": entries, "noise": all_noise_seeds(self.draws, batch)}
+        return Trajectory(batch, mask, kind, record)
 
     @torch.no_grad()
     def generate(self, batch: Batch) -> Samples:
@@ -90,8 +93,12 @@ class ForwardProcess:
         record, samples = engine.made(
             batch, lambda part: Sampling(engine.layout.denoisers, engine.memo, len(part), witness), changed
         )
-        place = "cpu" if engine.options.offload_trajectory else engine.pipeline.device
-        return {name: value.to(place) for name, value in record.items() if name.startswith("clean.")}, samples
+        return self.clean(record), samples
+
+    def clean(self, record: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is kept of a record until its replay: the latents that samples end with."""
+        place = "cpu" if self.engine.options.offload_trajectory else self.engine.pipeline.device
+        return {name: value.to(place) for name, value in record.items() if name.startswith("clean.")}
 
     # -- replay -------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,11 @@ class SpeechPolicy:
             return speech_draws.drawn(trajectory, self.decided), samples
         return self.walked(batch, self.mixing, self.decided(steps, batch.iteration, batch.seed))
 
+    def redrawn(self, trajectory: Trajectory, batch: Batch) -> Trajectory:
+        """Recorded samples as the rows of another batch, noised again by its draws; of a policy with draws."""
+        assert isinstance(self.decided, Draws)  # the recipe was checked
+        return speech_draws.drawn(replace(trajectory, batch=batch), self.decided)
+
     def generate(self, batch: Batch) -> Samples:
         """One enhanced recording per row, whole, with the noise of the sampler off."""
         return self.walked(

@@ -185,6 +185,23 @@ def test_a_rollout_is_the_pipelines_own_and_depends_on_no_neighbour(tmp_path):
     assert torch.allclose(part, samples.image[[4, 2]], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["StableDiffusion3", "Wan"])
+def test_samples_are_drawn_anew_as_a_rollout_draws_them(name, tmp_path):
+    policy, prompts = policy_of(NAMED[name], tmp_path, draws=DRAWS)
+    batch = batch_of(prompts)
+    trajectory, _ = policy.rollout(batch)
+    same = policy.redrawn(policy.anchor(trajectory, [torch.arange(6)]), batch)
+    assert same.record.keys() == trajectory.record.keys() and torch.equal(same.kind, trajectory.kind)
+    assert all(torch.equal(value, trajectory.record[name]) for name, value in same.record.items())
+    wanted = [shares(DRAWS, which, batch.seed, batch.iteration) for which in which_set(DRAWS, batch).tolist()]
+    levels = policy.process.noise_shares[same.record["entry"]]
+    assert (levels - torch.stack(wanted)).abs().max() < 0.01  # a fine schedule's
+    later = policy.redrawn(trajectory, replace(batch, iteration=batch.iteration + 1))
+    assert torch.equal(later.record["clean.0"], trajectory.record["clean.0"])
+    assert (later.record["noise"] != trajectory.record["noise"]).all()
+    assert (later.record["entry"] != trajectory.record["entry"]).any()
+
+
 def test_held_out_samples_may_be_made_by_another_call(tmp_path):
     policy, prompts = policy_of(NAMED["StableDiffusion3"], tmp_path, draws=DRAWS)
     plain = policy.generate(batch_of(prompts)).image

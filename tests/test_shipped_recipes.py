@@ -78,7 +78,7 @@ CASES = [
     Case("sd35_medium_nft", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
     Case("sd35_medium_awm", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
     Case("sd35_medium_dgpo", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
-    Case("sd35_medium_gdro", "StableDiffusion3", ("policy.call.num_inference_steps=4",)),
+    Case("sd35_medium_gdro", "StableDiffusion3", ("policy.call.num_inference_steps=4", "offline.samples=4")),
     Case("flux_dev_mix_grpo", "Flux", ("policy.call.num_inference_steps=5", "train.prompts=4")),
     Case("flux_dev_mix_grpo", "Flux", (FLASH, "policy.call.num_inference_steps=6", "train.prompts=4")),
     Case("flux_dev_e_grpo", "Flux", ("policy.call.num_inference_steps=6", "train.prompts=4", "train.group_size=6")),

@@ -168,3 +168,22 @@ def test_what_could_be_guarded_is_told_with_the_line_that_would_guard_it() -> No
 
 def test_a_score_without_a_number_says_nothing() -> None:
     assert told(RISING, held_out={14: {"soft": math.nan, "distance": math.nan}}) == {}
+
+
+# ---- without rollouts
+
+
+def test_without_rollouts_held_out_scores_are_read_alone() -> None:
+    """As in the stage "offline", whose rewards are those of samples that were made once."""
+    history = History()
+    for errors in ({"soft": 6.0, "distance": 0.0}, {"soft": 0.9, "distance": 5.0}):
+        history = read(history, (), {f"held_out/{name}/standard_errors": value for name, value in errors.items()})
+    guarded = Watch(guard={"distance": "lower"})
+    assert signs(history, guarded, WEIGHTS) == []
+    found = {sign.name: sign.sentence for sign in signs(history, guarded, WEIGHTS, rolls=False)}
+    assert found == {
+        "sampler": "soft fell on held-out samples by 5.1 standard errors since iteration 0",
+        "guard": "distance got worse by 5.0 standard errors on held-out samples",
+    }
+    [told] = signs(history, Watch(fall=9.0), {"distance": 0.0}, rolls=False)
+    assert told.sentence.startswith("not trained on, moved: distance by +5.0 standard errors;") and not told.acts

@@ -38,7 +38,7 @@ def test_a_sign_that_acts_stops_the_run_and_one_that_does_not_is_told_once() -> 
 
 
 def test_a_watch_that_slows_waits_lowers_again_and_stops_at_the_fourth_time() -> None:
-    history, options = History(norms=((1.0,),)), Watch(action="slow", slow_to=0.5, after=4)
+    history, options = History(norms=((1.0,),)), Watch(action="slow", after=4)
     for time in (1, 2, 3):
         history = judged(history, [GRADIENT], options, time)
         assert (history.slowed, history.norms, history.silent, history.stopped) == (time, (), 4, "")
@@ -65,13 +65,13 @@ def rollouts(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_a_slowed_run_that_is_resumed_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    slow = (*NERVOUS, "watch.action=slow", "watch.slow_to=0.25")
+    slow = (*NERVOUS, "watch.action=slow")
     whole = train(recipe(*slow), tmp_path / "whole")
     train(recipe(*slow, "train.iterations=4"), tmp_path / "half")
     resume(tmp_path / "half", ["train.iterations=8"])
     assert whole.history.slowed >= 1
     rates = [line["update/learning_rate"] for line in journal.read(tmp_path / "whole")]
-    assert rates[-1] == pytest.approx(rates[0] / 4**whole.history.slowed) and rates[-1] < rates[0]
+    assert rates[-1] == pytest.approx(rates[0] / 2**whole.history.slowed) and rates[-1] < rates[0]
     same_state(tmp_path / "half", tmp_path / "whole")
     assert lasting(tmp_path / "half") == lasting(tmp_path / "whole")
     assert (tmp_path / "half" / "watch.txt").read_text() == (tmp_path / "whole" / "watch.txt").read_text()
