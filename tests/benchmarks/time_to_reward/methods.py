@@ -31,11 +31,14 @@ class Method:
 
 UNENDING = ("optimizer.decay=constant", "train.iterations=100000")  # the budget ends it
 PLAIN = "objective={build='mmgrpo.matching:nft_plain', bound=0.5}"
-ADAMW = ("optimizer.muon=[]", "advantage={build='mmgrpo.advantages:standardized', clamp=5.0}")
-AWM = (*ADAMW, "optimizer.learning_rate=1e-4", "objective={build='mmgrpo.matching:advantage_weighted'}")
+AWM = (
+    "advantage={build='mmgrpo.advantages:standardized', scale='batch', clamp=1.0}",
+    "objective={build='mmgrpo.matching:awm_tuned'}",
+)
 DGPO = (
-    *ADAMW,
+    "optimizer.muon=[]",
     "optimizer.learning_rate=3e-4",
+    "advantage={build='mmgrpo.advantages:standardized', clamp=5.0}",
     "objective={build='mmgrpo.group_matching:dgpo'}",
     "reference.kind=frozen",
 )
@@ -77,8 +80,8 @@ METHODS = (
         ("objective={build='mmgrpo.denoising:divergence_bound', limit=1e-5}",),
     ),
     Method("default", "the default: DiffusionNFT as in the demo, which ends by itself", "arXiv 2509.16117", base=DEMO),
-    Method("nft_plain", "the same with the paper's loss", "arXiv 2509.16117", (*UNENDING, PLAIN), DEMO, 45.0),
-    Method("awm", "AWM: advantage-weighted matching, clip 1e-4", "arXiv 2509.25050", (*UNENDING, *AWM), DEMO, 50.0),
+    Method("nft_plain", "the same with the paper's loss", "arXiv 2509.16117", (PLAIN,), DEMO),
+    Method("awm", "the same with AWM's loss, held to the old outputs", "arXiv 2509.25050", AWM, DEMO),
     Method("dgpo", "DGPO: direct group preferences", "arXiv 2510.08425", (*UNENDING, *DGPO), DEMO, 50.0),
 )
 BASELINE = METHODS[0]
