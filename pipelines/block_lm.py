@@ -29,7 +29,8 @@ from pipelines.block_answers import BlockAnswers, Likelihood
 from pipelines.block_decoding import Filled, Unmasking
 from pipelines.conversation import Reader, Reading
 from pipelines.sampling import Sampling
-from pipelines.vlm import LINEAR, Precision
+from pipelines.vlm import LINEAR
+from pipelines.weights import Half, Precision
 
 OWN_CODE = (
     "model_type",
@@ -164,7 +165,7 @@ def load(
     revision: str | None = None,
     dtype: Precision = "bfloat16",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    autocast: Precision | None = None,
+    autocast: Half | None = None,
     attention: Literal["sdpa", "eager"] = "sdpa",
     chat: bool = True,
     system: str | None = None,

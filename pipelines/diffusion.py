@@ -34,8 +34,8 @@ from pipelines.reverse_process import ReverseProcess
 from pipelines.schedulers import quiet, require_supported
 from pipelines.source_videos import Cut, require_usable
 from pipelines.tape import nested_pipelines
+from pipelines.weights import Half, Precision
 
-Precision = Literal["float32", "bfloat16", "float16"]
 Decode = Literal["whole", "sliced", "tiled"]
 
 
@@ -145,7 +145,7 @@ def load(
     pipeline: str = "DiffusionPipeline",
     dtype: Precision | Mapping[str, Precision] = "bfloat16",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    autocast: Precision | None = None,
+    autocast: Half | None = None,
     train: tuple[str, ...] = (),
     lora: Mapping[str, Any] | None = None,
     reduction: Literal["mean", "sum"] = "mean",

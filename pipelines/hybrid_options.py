@@ -3,14 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipelines.hybrid_writing import Marks
-
-Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

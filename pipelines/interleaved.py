@@ -21,8 +21,9 @@ from pipelines.decoding import Written
 from pipelines.lessons import Lessons, Teaching
 from pipelines.picture_tokens import Pictures, pictures_of
 from pipelines.sampling import Sampling
-from pipelines.vlm import LanguagePolicy, Precision
+from pipelines.vlm import LanguagePolicy
 from pipelines.vocabularies import grammar
+from pipelines.weights import Half, Precision
 
 
 class InterleavedPolicy:
@@ -127,7 +128,7 @@ def load(
     revision: str | None = None,
     dtype: Precision = "bfloat16",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    autocast: Precision | None = None,
+    autocast: Half | None = None,
     attention: str = "sdpa",
     chat: bool = True,
     system: str | None = None,

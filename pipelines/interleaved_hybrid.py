@@ -41,12 +41,12 @@ from pipelines.decisions import Sampler
 from pipelines.hybrid_draws import ImageDraws
 from pipelines.hybrid_evaluation import Found, ImageDecisions, evaluated, found_of
 from pipelines.hybrid_layout import Pair, Room, Shape
-from pipelines.hybrid_options import Options, Precision, marks_of
+from pipelines.hybrid_options import Options, marks_of
 from pipelines.hybrid_parts import samples_of
 from pipelines.hybrid_reading import Answers, Prompts, collate
 from pipelines.hybrid_steps import ImageSteps, Steps
 from pipelines.hybrid_writing import Written, write
-from pipelines.weights import choose_trained
+from pipelines.weights import Half, Precision, choose_trained
 
 
 class Piece(NamedTuple):
@@ -263,7 +263,7 @@ def load(
     attention: Literal["sdpa", "eager"] = "sdpa",
     dtype: Precision = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    autocast: Precision | None = None,
+    autocast: Half | None = None,
 ) -> HybridPolicy:
     """A policy from a folder of `pipelines.hybrid_model`, or a new one to be pretrained.
 

@@ -29,9 +29,7 @@ from pipelines.speech_draws import State
 from pipelines.speech_flow import matching_loss
 from pipelines.speech_models import Model
 from pipelines.speech_steps import Given, Options, Sampler, Steps, Velocities, calls, fresh_noise, uniform
-from pipelines.weights import choose_trained
-
-Precision = Literal["float32", "bfloat16", "float16"]
+from pipelines.weights import Half, Precision, choose_trained
 
 
 class SpeechPolicy:
@@ -273,7 +271,7 @@ def load(
     replay_rows: int = 16,
     dtype: Precision = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    autocast: Precision | None = None,
+    autocast: Half | None = None,
     same_noise: bool = False,
 ) -> SpeechPolicy:
     """A policy from a folder of `pipelines.speech_models`, or with random weights, to be pretrained.

@@ -28,8 +28,8 @@ from pipelines.conversation import Processor, Reader, Reading
 from pipelines.decoding import Written
 from pipelines.sampling import Sampling
 from pipelines.vocabularies import FORCED
+from pipelines.weights import Half, Precision
 
-Precision = Literal["float32", "bfloat16", "float16"]
 CODEBOOK = "vqmodel"  # the picture encoder of models that read pictures as tokens of their vocabulary
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that adapters go to by default
 
@@ -159,7 +159,7 @@ def load(
     revision: str | None = None,
     dtype: Precision = "bfloat16",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    autocast: Precision | None = None,
+    autocast: Half | None = None,
     attention: str = "sdpa",
     temperature: float = 1.0,
     top_p: float = 1.0,

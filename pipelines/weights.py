@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from mmgrpo.toml import nearest
 
+Precision = Literal["float32", "bfloat16", "float16"]  # of weights
+Half = Literal["bfloat16", "float16"]  # of autocast, which knows no other on CPUs
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_OPTIONS = {"rank", "alpha", "targets", "dropout"}
 
