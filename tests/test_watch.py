@@ -151,6 +151,7 @@ COLLAPSES = [
             "optimizer.muon=[]",
             "optimizer.decay=constant",
             "behaviour.lag=0.0",
+            "train.keep_share=1.0",
             "train.iterations=44",
         ),
         29,
