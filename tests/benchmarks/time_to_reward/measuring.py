@@ -47,7 +47,7 @@ class Conditions:
 
     split: str = "held_out"  # or "validation"
     samples: int = 32  # of each prompt
-    every: float = 4.0  # processor seconds between two evaluations
+    every: float = 5.0  # processor seconds between two evaluations, fewer for a method that asks for it
     longer: int = 1  # times the budget, and the iterations if the recipe ends by itself
 
 
@@ -100,7 +100,8 @@ def measured(method: Method, seed: int, conditions: Conditions) -> dict[str, Any
     run, judging = start(recipe(method, seed, conditions)), judge(conditions)
     with quickest_attention(run):
         watched, budget = conditions.longer > 1, method.budget * conditions.longer
-        curve, stopped = curve_of(run, judging, budget, conditions.every, watched)
+        every = min(conditions.every, method.every) * conditions.longer
+        curve, stopped = curve_of(run, judging, budget, every, watched)
     about = {"method": method.name, "seed": seed, "budget": method.budget, "split": conditions.split}
     about |= {"samples": conditions.samples, "longer": conditions.longer, "stopped": stopped}
     return about | {"settings": settings(method, seed), "curve": curve}
