@@ -84,7 +84,7 @@ def joined(values: Iterable[float | None]) -> str:
 
 def named(one: Summary) -> str:
     method = next(method for method in METHODS if method.name == one.method)
-    broke = f"; {one.stopped} of {one.seeds} runs broke off" if one.stopped else ""
+    broke = f"; {one.stopped} of {one.seeds} stopped early" if one.stopped else ""
     return f"{method.title} ({method.paper}){broke}"
 
 
