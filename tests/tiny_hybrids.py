@@ -1,12 +1,14 @@
 """A tiny random hybrid model that writes and draws, as a policy."""
 
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from mmgrpo.schedules import all_but_last
-from pipelines import tiny_interleaved
+from mmgrpo.types import Batch
+from pipelines import replays, tiny_interleaved
 from pipelines.interleaved_hybrid import HybridPolicy, load
 
 EVERY = partial(all_but_last)
@@ -44,3 +46,15 @@ def eager_to_draw(policy: HybridPolicy) -> None:
         width = policy.model.places.shape[1]
         for mark, likelier in ((policy.marks.start, 4.5), (policy.marks.stop[0], 3.0)):
             policy.model.trunk.lm_head.weight[mark] += likelier / width
+
+
+def slopes(policy: HybridPolicy, batch: Batch) -> tuple[float, float]:
+    """The squared norm of the gradient of a rollout's log-ratios in float64, and the same by finite differences."""
+    policy.model.double()
+    trajectory, _ = policy.rollout(batch)
+    anchored = policy.anchor(trajectory, [torch.arange(len(trajectory))])
+    slope = replays.gradient(policy, trajectory)
+    size = float(replays.norm(slope).square())
+    by = 3e-5 / math.sqrt(size)  # norms inside the trunk compute in float32
+    above, below = (replays.difference(policy, anchored, slope, sign * by) for sign in (1, -1))
+    return size, float((above - below) / (2 * by))
